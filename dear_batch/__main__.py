@@ -1,0 +1,5 @@
+"""`python -m dear_batch`."""
+
+from dear_batch.cli import main
+
+main()

@@ -1,0 +1,113 @@
+"""The types that flow through a job, in order. Knows nothing of files or models.
+
+`Shard` → `CandidateList` → (token ids, rows) → scores → `ScoredList` → `Ranking` → `RunLine`.
+What is set aside on the way is a `Refusal`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A range of rows of one input file, cut at query boundaries.
+
+    `first_row` counts from the start of the file, whatever the row groups.
+    """
+
+    path: str
+    first_row: int
+    n_rows: int
+    n_queries: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One document of a candidate list. `text` is None where the input had a null."""
+
+    docid: str
+    title: str
+    text: str | None
+    first_score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateList:
+    """A query and its candidates in first-stage order, as read: nothing is checked yet.
+
+    `row` is the row of the file at which the list begins.
+    """
+
+    qid: str | None
+    query: str | None
+    candidates: tuple[Candidate, ...]
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A query (`docid` None) or a candidate set aside, with its reason and source position.
+
+    `candidates` is how many candidates left the job with it.
+    """
+
+    reason: str
+    detail: str
+    path: str
+    row: int
+    qid: str | None
+    docid: str | None
+    candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredCandidate:
+    """A candidate with its logit; `logit` is None below the scored depth."""
+
+    docid: str
+    first_rank: int
+    first_score: float | None
+    logit: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredList:
+    """The candidates of one query in first-stage order, scored."""
+
+    qid: str
+    candidates: tuple[ScoredCandidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A candidate in its final place. `score` is exact in float32."""
+
+    docid: str
+    rank: int
+    score: float
+    logit: float | None
+    first_score: float | None
+    first_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The final order of one query, best first, scores strictly decreasing as float32."""
+
+    qid: str
+    entries: tuple[Ranked, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunLine:
+    """One line of a TREC run file; `str()` is the line without its newline."""
+
+    qid: str
+    docid: str
+    rank: int
+    score: float
+    tag: str
+
+    def __str__(self) -> str:
+        """`qid Q0 docid rank score tag`; nine digits identify every float32."""
+        return f"{self.qid} Q0 {self.docid} {self.rank} {self.score:.9g} {self.tag}"

@@ -1,0 +1,71 @@
+"""Errors with an exit code: what happened, where, what would be valid, what to do next.
+
+Raised anywhere, printed only by `dear_batch.cli`. The exit codes are those of BSD's
+sysexits where one fits; schedulers map them (75 is worth a retry, 65 and 78 are not).
+"""
+
+from typing import ClassVar
+
+
+class DearBatchError(Exception):
+    """Base of every error that a user can act on.
+
+    Args:
+        what: the fault in one sentence.
+        where: file, row group, row, qid: whatever finds the place.
+        valid: what would have been accepted.
+        next_step: the command or change that helps.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str = "", valid: str = "", next_step: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.valid = valid
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        """All parts that are known, a line each."""
+        labelled = (("where", self.where), ("valid", self.valid), ("next", self.next_step))
+        lines = [f"  {label}: {text}" for label, text in labelled if text]
+        return "\n".join([self.what, *lines])
+
+
+class UsageError(DearBatchError):
+    """The command line or the spec asks for something impossible."""
+
+    exit_code = 2
+
+
+class InputError(DearBatchError):
+    """The input data cannot be read or breaks the schema."""
+
+    exit_code = 65
+
+
+class OutputError(DearBatchError):
+    """The output cannot be written, or its folder is not ours."""
+
+    exit_code = 73
+
+
+class TrustError(DearBatchError):
+    """A model artefact is not what its manifest says, or could run foreign code."""
+
+    exit_code = 77
+
+
+class ConfigurationError(DearBatchError):
+    """Parts that are fine alone do not fit together, or a needed package is missing."""
+
+    exit_code = 78
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> ConfigurationError:
+    """The error for a feature whose optional dependency is not installed."""
+    return ConfigurationError(
+        f"{purpose} needs the package {package!r}, which is not installed.",
+        next_step=f"pip install 'dear-batch[{extra}]'",
+    )
