@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: resolve → merge → onnx → parity → manifest, each step a function."""

@@ -1,0 +1,115 @@
+"""Scores batches with ONNX Runtime, on CPU or CUDA. Never imports torch.
+
+Two graphs: `packed.onnx` takes packed rows; `model.onnx` takes one padded pair a row and
+serves `final-position` pooling, which reads a padding token.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from dear_batch.errors import ConfigurationError
+from dear_batch.pointwise.recipe import Recipe
+from dear_batch.pointwise.rows import Batch, Layout, packed_arrays, padded_arrays
+
+if TYPE_CHECKING:
+    from dear_batch.bundle import Bundle
+
+# (row_tokens, batch_tokens). On CPU one row a call never pads, and longer rows or batches
+# were no faster (benchmarks/). On a GPU a call must be large to fill it: not measured yet.
+BUDGETS = {"cpu": (512, 512), "cuda": (1024, 16384)}
+
+
+class PackedOnnxScorer:
+    """The packed graph: int32 rows in, one fp32 score a document out."""
+
+    engine = "onnxruntime"
+
+    def __init__(self, graph: Path, recipe: Recipe, device: str) -> None:
+        self._session, self.device = open_session(graph, device)
+        self._pad_id = recipe.pad_id
+        row_tokens, batch_tokens = BUDGETS[self.device.split(":")[0]]
+        self.layout = Layout(True, row_tokens, batch_tokens)
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        """Raw logits, scores_N."""
+        arrays = packed_arrays(batch, self._pad_id)
+        feeds = {
+            "tokens": arrays.tokens_RT,
+            "positions": arrays.positions_RT,
+            "groups": arrays.groups_RT,
+            "segments": arrays.segments_RT,
+            "pooled": arrays.pooled_N,
+        }
+        (scores_N,) = self._session.run(["scores"], feeds)
+        return np.asarray(scores_N, np.float32)
+
+
+class PaddedOnnxScorer:
+    """The standard graph: one padded pair a row, pooled inside the graph."""
+
+    engine = "onnxruntime"
+
+    def __init__(self, graph: Path, recipe: Recipe, device: str) -> None:
+        self._session, self.device = open_session(graph, device)
+        self._pad_id = recipe.pad_id
+        row_tokens, batch_tokens = BUDGETS[self.device.split(":")[0]]
+        fixed = recipe.max_length if recipe.pooling == "final-position" else None
+        self.layout = Layout(False, row_tokens, batch_tokens, fixed)
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        """Raw logits, scores_N."""
+        input_ids_RT, attention_mask_RT = padded_arrays(batch, self._pad_id)
+        feeds = {"input_ids": input_ids_RT, "attention_mask": attention_mask_RT}
+        (logits_R1,) = self._session.run(["logits"], feeds)
+        return np.asarray(logits_R1, np.float32)[:, 0]
+
+
+def onnx_scorer(bundle: "Bundle", device: str) -> PackedOnnxScorer | PaddedOnnxScorer:
+    """The scorer that the bundle's recipe calls for."""
+    recipe = bundle.recipe
+    if recipe.pooling == "final-position":
+        return PaddedOnnxScorer(bundle.folder / "onnx" / "model.onnx", recipe, device)
+    return PackedOnnxScorer(bundle.folder / "onnx" / "packed.onnx", recipe, device)
+
+
+def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:
+    """An inference session on `auto`, `cpu`, `cuda` or `cuda:N`, and the device it got.
+
+    Raises:
+        ConfigurationError: CUDA was asked for and ONNX Runtime could not use it.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Rows differ in length from call to call, so planned memory patterns only pile up.
+    options.enable_mem_pattern = False
+    cuda = _cuda_device(device)
+    if cuda is None:
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return session, "cpu"
+    # CUDA libraries that were installed by pip are not on the loader's path.
+    ort.preload_dlls()
+    providers = [("CUDAExecutionProvider", {"device_id": cuda}), "CPUExecutionProvider"]
+    session = ort.InferenceSession(graph, options, providers=providers)
+    if session.get_providers()[0] == "CUDAExecutionProvider":
+        return session, f"cuda:{cuda}"
+    if device == "auto":
+        return session, "cpu"
+    raise ConfigurationError(
+        f"ONNX Runtime could not use CUDA for --device {device}.",
+        valid="--device cpu, or a machine with an NVIDIA driver and CUDA libraries",
+        next_step='python -c "import onnxruntime as o; print(o.get_available_providers())"',
+    )
+
+
+def _cuda_device(device: str) -> int | None:
+    """The CUDA device number to try, or None for the CPU."""
+    if device == "cpu":
+        return None
+    if device == "auto":
+        # The GPU wheel lists CUDA on machines without a GPU; trying it there logs an error.
+        return 0 if Path("/proc/driver/nvidia").exists() else None
+    return int(device.partition(":")[2] or 0)

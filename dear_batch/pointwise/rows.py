@@ -1,0 +1,234 @@
+"""Packs encoded pairs into rows: best fit, several queries a row, each query's prefix once.
+
+A row `[prefix A | doc | doc | prefix B | doc]` with positions that restart after each prefix,
+and a mask by which a token sees, causally, its own document and its prefix, gives the scores
+of each pair alone. A padded batch is the special case of one document a row. Pure functions:
+the same pairs give the same rows. Knows nothing of text, models or files.
+
+Shapes: R rows of a batch, T tokens of its longest row, N documents of the batch.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dear_batch.pointwise.recipe import EncodedPair
+
+Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Documents that share one prefix within a row; indices into the packed pairs."""
+
+    prefix: bytes
+    documents: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Groups side by side, `tokens` long in all (each prefix counted once)."""
+
+    groups: tuple[Group, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a scorer wants its batches laid out.
+
+    `packed` rows hold many documents in at most `row_tokens`; other rows hold one each, all
+    padded to `fixed_length` where that is given. A batch, padding included, stays within
+    `batch_tokens` (a single row always passes).
+    """
+
+    packed: bool
+    row_tokens: int
+    batch_tokens: int
+    fixed_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that one scorer call takes, and the pairs they index.
+
+    `documents` names, for each of the N scores, the pair it belongs to, row by row. `length`
+    is T: what rows are padded to.
+    """
+
+    pairs: Sequence[EncodedPair]
+    rows: tuple[Row, ...]
+    length: int
+
+    @property
+    def documents(self) -> list[int]:
+        """Indices of the N pairs in score order."""
+        return [d for row in self.rows for group in row.groups for d in group.documents]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of all rows, padding left out."""
+        return sum(row.tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedArrays:
+    """The inputs of the packed graph (int32).
+
+    tokens_RT, positions_RT; groups_RT: which prefix a token belongs to (-1: padding);
+    segments_RT: 0 in a prefix, 1… in its documents; pooled_N: flat index r * T + t of each
+    document's last token.
+    """
+
+    tokens_RT: Array
+    positions_RT: Array
+    groups_RT: Array
+    segments_RT: Array
+    pooled_N: Array
+
+
+class _OpenRow:
+    """A row being filled."""
+
+    __slots__ = ("groups", "room")
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.groups: dict[bytes, Group] = {}
+
+
+class _RowsByRoom:
+    """Open rows ordered by the room they have left, oldest first among equals."""
+
+    def __init__(self) -> None:
+        self._keys: list[tuple[int, int]] = []
+        self.rows: list[_OpenRow] = []
+
+    def tightest(self, need: int) -> int | None:
+        """The row with the least room that still takes `need` tokens."""
+        at = bisect_left(self._keys, (need, -1))
+        return self._keys[at][1] if at < len(self._keys) else None
+
+    def add(self, room: int) -> int:
+        """Open a row."""
+        self.rows.append(_OpenRow(room))
+        insort(self._keys, (room, len(self.rows) - 1))
+        return len(self.rows) - 1
+
+    def take(self, index: int, tokens: int) -> None:
+        """Use `tokens` of a row's room."""
+        row = self.rows[index]
+        del self._keys[bisect_left(self._keys, (row.room, index))]
+        row.room -= tokens
+        insort(self._keys, (row.room, index))
+
+
+def pack(pairs: Sequence[EncodedPair], row_tokens: int) -> list[Row]:
+    """Lay all pairs into rows of at most `row_tokens`, longest document first.
+
+    A document goes to the fullest row that already holds its prefix and takes it, else to
+    the fullest row that takes prefix and document, else to a new row.
+
+    Raises:
+        ValueError: a pair is longer than `row_tokens`.
+    """
+    rows = _RowsByRoom()
+    for prefix, documents in _by_prefix(pairs).items():
+        holding: list[int] = []
+        prefix_tokens = len(pairs[documents[0]].prefix_ids)
+        for index in sorted(documents, key=lambda d: (-len(pairs[d].document_ids), d)):
+            need = len(pairs[index].document_ids)
+            if need + prefix_tokens > row_tokens:
+                raise ValueError(f"a pair of {need + prefix_tokens} tokens in rows of {row_tokens}")
+            at = _tightest_of(rows, holding, need)
+            if at is None:
+                at = rows.tightest(need + prefix_tokens)
+                at = rows.add(row_tokens) if at is None else at
+                rows.rows[at].groups[prefix] = Group(prefix)
+                rows.take(at, prefix_tokens)
+                holding.append(at)
+            rows.rows[at].groups[prefix].documents.append(index)
+            rows.take(at, need)
+    return [Row(tuple(row.groups.values()), row_tokens - row.room) for row in rows.rows]
+
+
+def _by_prefix(pairs: Sequence[EncodedPair]) -> dict[bytes, list[int]]:
+    documents: dict[bytes, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        documents.setdefault(pair.prefix_ids.tobytes(), []).append(index)
+    return documents
+
+
+def _tightest_of(rows: _RowsByRoom, candidates: list[int], need: int) -> int | None:
+    fitting = [at for at in candidates if rows.rows[at].room >= need]
+    return min(fitting, key=lambda at: (rows.rows[at].room, at), default=None)
+
+
+def one_document_a_row(pairs: Sequence[EncodedPair]) -> list[Row]:
+    """The unpacked form: a row for each pair."""
+    return [
+        Row((Group(pair.prefix_ids.tobytes(), [index]),), len(pair))
+        for index, pair in enumerate(pairs)
+    ]
+
+
+def batches(pairs: Sequence[EncodedPair], layout: Layout) -> Iterator[Batch]:
+    """Lay pairs into rows and group rows of like length into batches.
+
+    Longest rows come first, so that memory peaks early.
+
+    Raises:
+        ValueError: a pair is longer than a packed row.
+    """
+    rows = pack(pairs, layout.row_tokens) if layout.packed else one_document_a_row(pairs)
+    rows.sort(key=lambda row: -row.tokens)
+    start = 0
+    while start < len(rows):
+        length = layout.fixed_length or rows[start].tokens
+        count = max(1, layout.batch_tokens // length)
+        yield Batch(pairs, tuple(rows[start : start + count]), length)
+        start += count
+
+
+def packed_arrays(batch: Batch, pad_id: int) -> PackedArrays:
+    """Lay a batch out for the packed graph."""
+    shape = (len(batch.rows), batch.length)
+    tokens_RT = np.full(shape, pad_id, np.int32)
+    positions_RT = np.zeros(shape, np.int32)
+    groups_RT = np.full(shape, -1, np.int32)
+    segments_RT = np.zeros(shape, np.int32)
+    pooled: list[int] = []
+    for r, row in enumerate(batch.rows):
+        t = 0
+        for g, group in enumerate(row.groups):
+            prefix_ids = batch.pairs[group.documents[0]].prefix_ids
+            pieces = [prefix_ids, *(batch.pairs[d].document_ids for d in group.documents)]
+            for s, ids in enumerate(pieces):
+                end = t + len(ids)
+                first = 0 if s == 0 else len(prefix_ids)
+                tokens_RT[r, t:end] = ids
+                positions_RT[r, t:end] = np.arange(first, first + len(ids))
+                groups_RT[r, t:end] = g
+                segments_RT[r, t:end] = s
+                if s > 0:
+                    pooled.append(r * shape[1] + end - 1)
+                t = end
+    return PackedArrays(
+        tokens_RT, positions_RT, groups_RT, segments_RT, np.array(pooled, np.int32)
+    )
+
+
+def padded_arrays(
+    batch: Batch, pad_id: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Lay an unpacked batch out, right padded: input_ids_RT, attention_mask_RT."""
+    pairs = [batch.pairs[d] for d in batch.documents]
+    input_ids_RT = np.full((len(pairs), batch.length), pad_id, np.int64)
+    attention_mask_RT = np.zeros((len(pairs), batch.length), np.int64)
+    for n, pair in enumerate(pairs):
+        input_ids_RT[n, : len(pair)] = pair.input_ids()
+        attention_mask_RT[n, : len(pair)] = 1
+    return input_ids_RT, attention_mask_RT
