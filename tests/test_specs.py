@@ -1,0 +1,257 @@
+"""The specs that ship load, and each kind of mistake is refused with the message that helps."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dear_batch.errors import UsageError
+from dear_batch.specs import (
+    ExecutionSpec,
+    ExportSpec,
+    InputSpec,
+    JobSpec,
+    OutputSpec,
+    PointwiseSpec,
+    load_spec,
+)
+
+ROOT = Path(__file__).parents[1]
+EXPORTS = sorted(ROOT.glob("export/*.toml"))
+JOBS = sorted(ROOT.glob("jobs/*.toml"))
+
+# The model cards of the paper's checkpoints (arXiv 2508.16998, huggingface.co/abdoelsayed).
+ZOO = {
+    "abdoelsayed/dear-8b-reranker-ce-v1",
+    "abdoelsayed/dear-8b-reranker-ce-lora-v1",
+    "abdoelsayed/dear-8b-reranker-ranknet-v1",
+    "abdoelsayed/dear-8b-reranker-ranknet-lora-v1",
+    "abdoelsayed/dear-3b-reranker-ce-v1",
+    "abdoelsayed/dear-3b-reranker-ce-lora-v1",
+    "abdoelsayed/dear-3b-reranker-ranknet-v1",
+    "abdoelsayed/dear-3b-reranker-ranknet-lora-v1",
+    "abdoelsayed/dear-8b-reranker-listwise-v1",
+    "abdoelsayed/dear-8b-reranker-listwise-lora-v1",
+    "abdoelsayed/llama2-13b-rankllama-teacher",
+}
+
+JOB = {
+    "input": 'paths = ["a.parquet"]',
+    "pointwise": 'bundle = "b"',
+    "output": 'folder = "o"',
+}
+
+
+def job_text(**tables: str) -> str:
+    return "\n".join(f"[{name}]\n{body}" for name, body in {**JOB, **tables}.items())
+
+
+def refusal(tmp_path: Path, text: str, kind: type = JobSpec) -> UsageError:
+    path = tmp_path / "spec.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_spec(path, kind)
+    assert caught.value.exit_code == 2
+    assert caught.value.where.startswith(str(path))
+    return caught.value
+
+
+@pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.stem)
+def test_export_spec_loads(path: Path) -> None:
+    spec = load_spec(path, ExportSpec)
+    assert spec.output == f"bundles/{path.stem}"
+    assert spec.task == ("listwise" if "listwise" in path.stem else "pointwise")
+    if spec.adapter is not None:  # the bases of the paper's LoRA checkpoints
+        size = "3.2-3B" if "3b" in path.stem else "3.1-8B"
+        assert spec.model == f"meta-llama/Llama-{size}"
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_job_spec_loads(path: Path) -> None:
+    spec = load_spec(path, JobSpec)
+    assert spec.output.folder == f"out/{path.stem}"
+    assert spec.pointwise.bundle in {load_spec(export, ExportSpec).output for export in EXPORTS}
+
+
+def test_zoo_is_complete() -> None:
+    specs = [load_spec(path, ExportSpec) for path in EXPORTS]
+    assert {spec.adapter or spec.model for spec in specs} == ZOO
+    assert len(specs) == len(ZOO)
+
+
+def test_published_table_is_complete() -> None:
+    collections = "dl19 dl20 covid nfcorpus touche dbpedia scifact news robust04 signal noveleval"
+    assert {path.stem for path in JOBS} == {"nightly", *collections.split()}
+
+
+@pytest.mark.parametrize("folder", ["export", "jobs"])
+def test_folder_readme_names_every_spec(folder: str) -> None:
+    readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in (ROOT / folder).glob("*.toml") if path.name not in readme]
+    assert missing == []
+
+
+def test_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(job_text(), encoding="utf-8")
+    assert load_spec(path, JobSpec) == JobSpec(
+        input=InputSpec(paths=("a.parquet",)),
+        pointwise=PointwiseSpec(bundle="b", depth=None, interpolate=1.0),
+        output=OutputSpec(folder="o", tag="dear-batch", run_per_input=False),
+        execution=ExecutionSpec(device="auto", engine="auto", row_tokens=None, batch_tokens=None),
+    )
+
+
+def test_whole_number_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(job_text(pointwise='bundle = "b"\ninterpolate = 0'), encoding="utf-8")
+    interpolate = load_spec(path, JobSpec).pointwise.interpolate
+    assert interpolate == 0.0
+    assert type(interpolate) is float
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_devices(device: str) -> None:
+    assert ExecutionSpec(device=device).device == device
+
+
+def test_adapter_alone_is_enough() -> None:
+    assert ExportSpec(output="o", adapter="a").model is None
+
+
+def test_unknown_key_names_the_nearest_and_all(tmp_path: Path) -> None:
+    error = refusal(tmp_path, job_text(execution="row_token = 512"))
+    assert error.what == "Unknown key 'row_token'. Did you mean 'row_tokens'?"
+    assert error.where.endswith("spec.toml: execution.row_token")
+    assert error.valid == "device, engine, row_tokens, batch_tokens"
+
+
+def test_unknown_table(tmp_path: Path) -> None:
+    error = refusal(tmp_path, job_text(pointwize='bundle = "b"'))
+    assert "Did you mean 'pointwise'?" in error.what
+    assert error.valid == "input, pointwise, output, execution"
+
+
+def test_unknown_key_with_nothing_near(tmp_path: Path) -> None:
+    error = refusal(tmp_path, 'output = "o"\nmodel = "m"\nzzz = 1', ExportSpec)
+    assert error.what == "Unknown key 'zzz'."
+
+
+def test_missing_key(tmp_path: Path) -> None:
+    error = refusal(tmp_path, job_text(output='tag = "t"'))
+    assert error.what == "The key 'folder' is missing."
+    assert error.where.endswith(": output.folder")
+
+
+def test_missing_table(tmp_path: Path) -> None:
+    error = refusal(tmp_path, '[input]\npaths = ["a"]\n[output]\nfolder = "o"')
+    assert error.what == "The key 'pointwise' is missing."
+    assert error.valid == "a table with bundle, depth, interpolate"
+
+
+@pytest.mark.parametrize(
+    ("key", "body", "found", "valid"),
+    [
+        ("input.paths", 'paths = "a"', "a string, 'a'", "a list of strings"),
+        ("input.paths", "paths = [1]", "a list, [1]", "a list of strings"),
+        ("input.paths", 'paths = [""]', "a list, ['']", "a list of strings"),
+        ("pointwise.bundle", "bundle = 7", "a whole number, 7", "a string"),
+        ("pointwise.bundle", 'bundle = ""', "a string, ''", "a string that is not empty"),
+        ("pointwise.depth", 'bundle = "b"\ndepth = true', "True", "a whole number"),
+        ("pointwise.depth", 'bundle = "b"\ndepth = 1.5', "a number, 1.5", "a whole number"),
+        ("pointwise.interpolate", 'bundle = "b"\ninterpolate = false', "False", "a number"),
+        ("output.run_per_input", 'folder = "o"\nrun_per_input = 1', "1", "true or false"),
+        ("output.folder", "folder = 2026-01-01", "a date or time", "a string"),
+        ("execution.row_tokens", 'row_tokens = "512"', "'512'", "a whole number"),
+        ("execution.engine", 'engine = "onnx"', "'onnx'", "auto, onnxruntime, torch"),
+    ],
+)
+def test_wrong_type(tmp_path: Path, key: str, body: str, found: str, valid: str) -> None:
+    error = refusal(tmp_path, job_text(**{key.partition(".")[0]: body}))
+    assert error.what.startswith(f"The value of '{key}' is not accepted: found ")
+    assert found in error.what
+    assert error.where.endswith(f"spec.toml: {key}")
+    assert error.valid.startswith(valid)
+
+
+def test_value_in_place_of_a_table(tmp_path: Path) -> None:
+    error = refusal(tmp_path, 'input = "a.parquet"')
+    assert error.what == "The key 'pointwise' is missing."
+    tables = '[pointwise]\nbundle = "b"\n[output]\nfolder = "o"'
+    error = refusal(tmp_path, f'input = "a.parquet"\n{tables}')
+    assert error.valid == "a table with paths"
+
+
+@pytest.mark.parametrize(
+    ("table", "body", "key"),
+    [
+        ("input", "paths = []", "paths"),
+        ("pointwise", 'bundle = "b"\ndepth = 0', "depth"),
+        ("pointwise", 'bundle = "b"\ninterpolate = 1.01', "interpolate"),
+        ("pointwise", 'bundle = "b"\ninterpolate = -0.5', "interpolate"),
+        ("pointwise", 'bundle = "b"\ninterpolate = nan', "interpolate"),
+        ("output", 'folder = "o"\ntag = "two words"', "tag"),
+        ("output", 'folder = "o"\ntag = "a\\u00a0b"', "tag"),
+        ("output", 'folder = "o"\ntag = "a\\u0007"', "tag"),
+        ("execution", 'device = "gpu"', "device"),
+        ("execution", 'device = "cuda:"', "device"),
+        ("execution", 'device = "cuda:0\\n"', "device"),
+        ("execution", "row_tokens = 0", "row_tokens"),
+        ("execution", "batch_tokens = -1", "batch_tokens"),
+        ("execution", "row_tokens = 512\nbatch_tokens = 511", "batch_tokens"),
+    ],
+)
+def test_range(tmp_path: Path, table: str, body: str, key: str) -> None:
+    error = refusal(tmp_path, job_text(**{table: body}))
+    assert error.what.startswith(f"The value of '{key}' is out of range: found ")
+    assert error.where.endswith(f"spec.toml: {table}.{key}")
+    assert error.valid
+
+
+def test_nothing_to_export(tmp_path: Path) -> None:
+    error = refusal(tmp_path, 'output = "o"', ExportSpec)
+    assert error.where.endswith("spec.toml: model")
+
+
+def test_range_without_a_file() -> None:
+    with pytest.raises(UsageError) as caught:
+        PointwiseSpec(bundle="b", depth=0)
+    assert caught.value.where == "depth"
+
+
+def test_invalid_toml_gives_the_line(tmp_path: Path) -> None:
+    assert "at line 2, column 7" in refusal(tmp_path, "[input]\npaths a").what
+
+
+def test_unreadable_spec(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        load_spec(tmp_path / "absent.toml", JobSpec)
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes('output = "\xe9"'.encode("latin-1"))
+    with pytest.raises(UsageError, match="not UTF-8"):
+        load_spec(latin, ExportSpec)
+
+
+def cron_commands() -> list[str]:
+    """The command lines of the crontabs: neither comments nor settings."""
+    lines = [
+        line
+        for path in ROOT.glob("jobs/cron/*.cron")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    return [line for line in lines if line and not re.match(r"#|\w+=", line)]
+
+
+def test_cron_escapes_every_percent_sign() -> None:
+    """crontab(5): an unescaped % is a newline, and what follows it the command's input."""
+    commands = cron_commands()
+    assert commands
+    for command in commands:
+        assert "%" in command
+        assert not re.search(r"(?<!\\)%", command)
+
+
+def test_cron_keeps_the_exit_code() -> None:
+    for command in cron_commands():
+        assert "|" not in command.replace("||", "")  # a pipe ends with the code of its last part
+        assert command.endswith("exit $code; }")
