@@ -48,13 +48,14 @@ class CandidateList:
 class Refusal:
     """A query (`docid` None) or a candidate set aside, with its reason and source position.
 
-    `candidates` is how many candidates left the job with it.
+    `row` is None where the input was regrouped first, so that rows have no place of their
+    own. `candidates` is how many candidates left the job with it.
     """
 
     reason: str
     detail: str
     path: str
-    row: int
+    row: int | None
     qid: str | None
     docid: str | None
     candidates: int

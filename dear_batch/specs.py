@@ -165,21 +165,38 @@ class JobSpec:
     execution: ExecutionSpec = field(default_factory=ExecutionSpec)
 
 
-def load_spec(path: Path, kind: type[SpecT]) -> SpecT:
-    """Read one spec file.
+def load_spec(
+    path: Path | None, kind: type[SpecT], options: Mapping[str, object] | None = None
+) -> SpecT:
+    """Read one spec file; command line options override its keys.
+
+    Args:
+        path: the file, or None where the options say everything.
+        kind: the dataclass to build.
+        options: `key` or `table.key` → value; None and empty values leave the file's.
 
     Raises:
-        UsageError: the file cannot be read, is not TOML, or is no valid `kind`.
+        UsageError: the file cannot be read, is not TOML, or the whole is no valid `kind`.
     """
+    values = _read_toml(path) if path else {}
+    for key, value in (options or {}).items():
+        if value not in {None, ()}:
+            table, _, name = key.rpartition(".")
+            place = values.setdefault(table, {}) if table else values
+            if isinstance(place, dict):  # else the loader says what should stand there
+                place[name] = list(value) if isinstance(value, tuple) else value
+    return spec_from_dict(values, kind, where=str(path or "command line"))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"The spec cannot be read: {error.strerror}.", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise UsageError("The spec is not UTF-8 text.", where=str(path)) from error
     except tomllib.TOMLDecodeError as error:  # its text ends with the line and column
         raise UsageError(f"The spec is not valid TOML: {error}.", where=str(path)) from error
-    return spec_from_dict(values, kind, where=str(path))
 
 
 def spec_from_dict(

@@ -15,7 +15,15 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dear_batch import __version__
-from dear_batch.bundle import Bundle, Manifest, Source, Task, hash_folder, open_bundle, write_manifest
+from dear_batch.bundle import (
+    Bundle,
+    Manifest,
+    Source,
+    Task,
+    hash_folder,
+    open_bundle,
+    write_manifest,
+)
 from dear_batch.errors import ConfigurationError, OutputError, missing_extra
 from dear_batch.export.checkpoint import (
     Checkpoint,
@@ -164,7 +172,9 @@ def _listwise(plan: Plan, model: Any, folder: Path, report: Report) -> dict[str,
     return {"precision": precision, "recipe": None, "graphs": {}, "parity": None}
 
 
-def _manifest(plan: Plan, dimensions: dict[str, int | str], folder: Path, **pieces: Any) -> Manifest:
+def _manifest(
+    plan: Plan, dimensions: dict[str, int | str], folder: Path, **pieces: Any
+) -> Manifest:
     adapter = plan.adapter
     return Manifest(
         task=plan.task,

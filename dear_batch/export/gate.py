@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from dear_batch.errors import ConfigurationError, InputError
 from dear_batch.parity import Parity, compare
 from dear_batch.pointwise.recipe import EncodedPair, Recipe, document_text, query_text
-from dear_batch.pointwise.rows import batches
-from dear_batch.pointwise.scorer import Scorer
+from dear_batch.pointwise.scorer import Scorer, score_pairs
 
 TOLERANCE = {"fp32": 1e-4}  # absolute, in logits
 TextList = tuple[str, list[tuple[str, str]]]
@@ -83,12 +82,9 @@ def _huggingface_ids(
 
 def scores_of(scorer: Scorer, encoded: Sequence[list[EncodedPair]]) -> list[NDArray[np.float32]]:
     """Score lists of pairs, all in one plan as a job would; one array a list comes back."""
-    pairs = [pair for pairs in encoded for pair in pairs]
-    scores = np.full(len(pairs), np.nan, np.float32)
-    for batch in batches(pairs, scorer.layout):
-        scores[batch.documents] = scorer.score(batch)
+    scores_N = score_pairs(scorer, [pair for pairs in encoded for pair in pairs])
     ends = np.cumsum([len(pairs) for pairs in encoded])
-    return np.split(scores, ends[:-1])
+    return np.split(scores_N, ends[:-1])
 
 
 def gate(

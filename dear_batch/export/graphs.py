@@ -191,6 +191,9 @@ def _traced(
             verbose=False,
         )
     model: ir.Model = program.model
+    for node in model.graph:  # stack traces, with this machine's paths in them
+        node.metadata_props.clear()
+        node.doc_string = None
     return model
 
 

@@ -61,7 +61,13 @@ def checkpoint_dtype(config: dict[str, Any]) -> str:
 def architecture(config: Any) -> dict[str, int | str]:
     """Normalised dimensions of a Hugging Face config, by Optimum's own table."""
     normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-    names = ("hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    names = (
+        "hidden_size",
+        "num_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     dimensions: dict[str, int | str] = {name: getattr(normalized, name) for name in names}
     return {"model_type": config.model_type, **dimensions}
 

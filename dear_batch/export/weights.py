@@ -43,7 +43,9 @@ def write_weights(tensors: dict[str, Any], path: Path) -> dict[str, Range]:
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.numpy()).data)
     return {
-        name: Range(start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        name: Range(
+            start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]
+        )
         for name, entry in header.items()
         if name != "__metadata__"
     }

@@ -8,6 +8,7 @@ tokenised once a list. Knows nothing of models, rows or files.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -150,6 +151,11 @@ class PairEncoder:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.recipe = recipe
+
+    @classmethod
+    def from_file(cls, tokenizer_json: Path, recipe: Recipe) -> Self:
+        """An encoder of a bundle's own tokenizer."""
+        return cls(Tokenizer.from_file(str(tokenizer_json)), recipe)
 
     def encode(
         self, lists: Iterable[tuple[str, Sequence[tuple[str, str]]]]

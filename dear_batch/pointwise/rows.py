@@ -216,14 +216,10 @@ def packed_arrays(batch: Batch, pad_id: int) -> PackedArrays:
                 if s > 0:
                     pooled.append(r * shape[1] + end - 1)
                 t = end
-    return PackedArrays(
-        tokens_RT, positions_RT, groups_RT, segments_RT, np.array(pooled, np.int32)
-    )
+    return PackedArrays(tokens_RT, positions_RT, groups_RT, segments_RT, np.array(pooled, np.int32))
 
 
-def padded_arrays(
-    batch: Batch, pad_id: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def padded_arrays(batch: Batch, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Lay an unpacked batch out, right padded: input_ids_RT, attention_mask_RT."""
     pairs = [batch.pairs[d] for d in batch.documents]
     input_ids_RT = np.full((len(pairs), batch.length), pad_id, np.int64)

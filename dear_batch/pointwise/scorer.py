@@ -3,6 +3,7 @@
 Knows nothing of text or files beyond the bundle.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dear_batch.errors import ConfigurationError
-from dear_batch.pointwise.rows import Batch, Layout
+from dear_batch.pointwise.recipe import EncodedPair
+from dear_batch.pointwise.rows import Batch, Layout, batches
 
 if TYPE_CHECKING:
     from dear_batch.bundle import Bundle
@@ -29,6 +31,19 @@ class Scorer(Protocol):
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Raw logits of the batch's documents, scores_N in the order of `batch.documents`."""
         ...
+
+
+def score_pairs(
+    scorer: Scorer,
+    pairs: Sequence[EncodedPair],
+    seen: Callable[[Batch], None] = lambda _batch: None,
+) -> NDArray[np.float32]:
+    """Plan pairs together and score them, scores_N in their order; `seen` is told each batch."""
+    scores_N = np.full(len(pairs), np.nan, np.float32)
+    for batch in batches(pairs, scorer.layout):
+        scores_N[batch.documents] = scorer.score(batch)
+        seen(batch)
+    return scores_N
 
 
 def open_scorer(

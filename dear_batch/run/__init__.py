@@ -1,0 +1,1 @@
+"""The main job: plan → shards → blocks → rankings → published files. Knows devices and disks."""

@@ -1,0 +1,139 @@
+"""Decides which queries and candidates are scored and which are set aside, and why.
+
+Knows nothing of files beyond a path to name, nor of models. The reasons are the closed list
+`REASONS`; a TREC run file breaks, or evaluators refuse it, on most of them.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from dear_batch.data import Candidate, CandidateList, Refusal
+from dear_batch.errors import InputError
+
+REASONS = {
+    "bad_qid": "a null or empty qid, or white space or control characters in it",
+    "duplicate_qid": "the qid began a list before; the first one is kept",
+    "empty_query": "a null or blank query",
+    "empty_list": "no candidates",
+    "no_valid_candidates": "every candidate of the list was set aside",
+    "bad_docid": "a null or empty docid, or white space or control characters in it",
+    "duplicate_docid": "the docid came before in this list; the first one is kept",
+    "null_text": "a null text",
+    "empty_text": "a blank text without a title",
+    "non_finite_score": "the model gave NaN or infinity",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A list that will be scored: valid ids, unique docids, text everywhere.
+
+    `first_ranks` are the candidates' places in the list as it was read, from 1.
+    """
+
+    qid: str
+    query: str
+    candidates: tuple[Candidate, ...]
+    first_ranks: tuple[int, ...]
+
+
+def valid_id(text: str | None) -> bool:
+    """Whether an id can stand in a TREC file: not empty, no white space, no control character."""
+    return bool(text) and text is not None and text.isprintable() and not _has_space(text)
+
+
+def _has_space(text: str) -> bool:
+    return any(character.isspace() for character in text)
+
+
+class Admission:
+    """Checks the lists of one shard in order.
+
+    Args:
+        path: the input's name for refusals.
+        first_rows: the row of each repeated qid's first list; None where that lies in
+            another file.
+        has_rows: rows of this file are rows of the user's.
+        need_first_scores: interpolation wants a finite first-stage score everywhere.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        first_rows: Mapping[str, int | None],
+        *,
+        has_rows: bool = True,
+        need_first_scores: bool = False,
+    ) -> None:
+        self._path = path
+        self._first_rows = first_rows
+        self._has_rows = has_rows
+        self._need_first_scores = need_first_scores
+        self._previous: str | None = None
+
+    def admit(self, lists: Iterable[CandidateList]) -> Iterator[Admitted | Refusal]:
+        """Every refusal, and every list of which a candidate is left."""
+        for item in lists:
+            reason = self._query_fault(item)
+            self._previous = item.qid
+            if reason:
+                yield self._refusal(reason, item, None, len(item.candidates))
+            else:
+                yield from self._admit_candidates(item)
+
+    def _query_fault(self, item: CandidateList) -> str | None:
+        if not valid_id(item.qid):
+            return "bad_qid"
+        if item.qid == self._previous:
+            return "duplicate_qid"
+        if item.qid in self._first_rows and self._first_rows[item.qid] != item.row:
+            return "duplicate_qid"
+        if not (item.query or "").strip():
+            return "empty_query"
+        return None if item.candidates else "empty_list"
+
+    def _admit_candidates(self, item: CandidateList) -> Iterator[Admitted | Refusal]:
+        kept: dict[str, tuple[int, Candidate]] = {}
+        for rank, candidate in enumerate(item.candidates, start=1):
+            reason = _candidate_fault(candidate, kept)
+            if reason:
+                yield self._refusal(reason, item, candidate.docid, 1)
+            else:
+                kept[candidate.docid] = (rank, candidate)
+        if not kept:
+            yield self._refusal("no_valid_candidates", item, None, 0)
+            return
+        ranks, candidates = zip(*kept.values(), strict=True)
+        if self._need_first_scores:
+            self._check_first_scores(item, candidates)
+        yield Admitted(str(item.qid), str(item.query), candidates, ranks)
+
+    def _check_first_scores(self, item: CandidateList, candidates: Iterable[Candidate]) -> None:
+        for candidate in candidates:
+            score = candidate.first_score
+            if score is None or not math.isfinite(score):
+                raise InputError(
+                    "Interpolation needs a first-stage score for every candidate.",
+                    where=f"{self._path}, row {item.row}, qid {item.qid}, "
+                    f"docid {candidate.docid}: score {score}",
+                    valid="a finite `score`, or --interpolate 1",
+                )
+
+    def _refusal(
+        self, reason: str, item: CandidateList, docid: str | None, candidates: int
+    ) -> Refusal:
+        row = item.row if self._has_rows else None
+        return Refusal(reason, REASONS[reason], self._path, row, item.qid, docid, candidates)
+
+
+def _candidate_fault(candidate: Candidate, kept: dict[str, tuple[int, Candidate]]) -> str | None:
+    if not valid_id(candidate.docid):
+        return "bad_docid"
+    if candidate.docid in kept:
+        return "duplicate_docid"
+    if candidate.text is None:
+        return "null_text"
+    if not candidate.text.strip() and not candidate.title.strip():
+        return "empty_text"
+    return None

@@ -1,0 +1,259 @@
+"""What a job will read, in which shards, and what it will write: decided before a model loads.
+
+Every input is opened and its qid column read, so that a bad file stops the job before
+anything is scored.
+"""
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dear_batch import __version__
+from dear_batch.data import Shard
+from dear_batch.errors import ConfigurationError, InputError, OutputError, UsageError
+from dear_batch.files.durable import replacing
+from dear_batch.files.parquet import InputFile, open_input, qid_runs
+from dear_batch.files.regroup import distinct_qids, regroup, repeated_qids
+from dear_batch.specs import JobSpec
+
+SCHEMA_VERSION = 1
+# Text of a shard, uncompressed. A shard is what a crash loses and what a worker takes.
+SHARD_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An input file as it is read, and what to call it to the user.
+
+    `first_rows`: for each qid that begins several lists of the output, the row of the first
+    one here, or None where that lies in another file. `regrouped`: it was written by the job
+    from scattered rows, so its rows mean nothing to the user.
+    """
+
+    file: InputFile
+    name: str
+    regrouped: bool = False
+    first_rows: dict[str, int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One run file: its stem (`run` for a job with one) and the sources and shards behind it."""
+
+    stem: str
+    sources: tuple[Source, ...]
+    shards: tuple[tuple[Shard, ...], ...]
+
+    @property
+    def n_queries(self) -> int:
+        """Lists to be read."""
+        return sum(shard.n_queries for shards in self.shards for shard in shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Inputs as the user names them, and the outputs made from them."""
+
+    inputs: tuple[InputFile, ...]
+    outputs: tuple[Output, ...]
+
+
+def plan_job(spec: JobSpec, scratch: Path) -> Plan:
+    """Open, check and divide all inputs; scattered flat rows are regrouped into `scratch`.
+
+    Raises:
+        InputError: no input, an unreadable one, mixed layouts, or interpolation without
+            first-stage scores.
+        UsageError: `run_per_input` with two inputs of one name.
+    """
+    files = tuple(open_input(path) for path in expand(spec.input.paths))
+    _check_together(files, spec)
+    groups = [(file,) for file in files] if spec.output.run_per_input else [files]
+    stems = [Path(file.path).stem for file in files] if spec.output.run_per_input else ["run"]
+    if len(set(stems)) < len(stems):
+        raise UsageError(
+            "Two inputs have the same file name, so their run files would too.",
+            where=", ".join(sorted({stem for stem in stems if stems.count(stem) > 1})),
+            valid="one file name an input with --run-per-input",
+        )
+    outputs = (
+        _plan_output(stem, group, scratch) for stem, group in zip(stems, groups, strict=True)
+    )
+    return Plan(files, tuple(outputs))
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Files of all paths and globs, sorted within a glob, each once.
+
+    Raises:
+        InputError: a glob that matches nothing.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        is_glob = glob.has_magic(pattern) and not Path(pattern).exists()
+        matches = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]  # noqa: PTH207 - Path.glob takes no absolute pattern
+        if not matches:
+            raise InputError(f"No file matches {pattern}.", where=str(Path.cwd()))
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _check_together(files: tuple[InputFile, ...], spec: JobSpec) -> None:
+    layouts = {file.layout for file in files}
+    if len(layouts) > 1:
+        nested = next(file.path for file in files if file.layout == "nested")
+        flat = next(file.path for file in files if file.layout == "flat")
+        raise InputError(
+            "The inputs differ in layout.",
+            where=f"{nested} has one row a query, {flat} one row a candidate",
+            valid="one layout a job",
+        )
+    unscored = [file.path for file in files if not file.has_score]
+    if spec.pointwise.interpolate < 1 and unscored:
+        raise InputError(
+            "Interpolation needs first-stage scores.",
+            where=f"{unscored[0]} has no `score`",
+            valid="a numeric `score` for every candidate, or --interpolate 1",
+        )
+
+
+def _plan_output(stem: str, files: tuple[InputFile, ...], scratch: Path) -> Output:
+    if files[0].layout == "nested":
+        sources = _nested_sources(files)
+    else:
+        sources = _flat_sources(stem, files, scratch)
+    shards = tuple(tuple(cut(source.file)) for source in sources)
+    return Output(stem, sources, shards)
+
+
+def _nested_sources(files: tuple[InputFile, ...]) -> tuple[Source, ...]:
+    repeated = repeated_qids([file.path for file in files])
+    return tuple(
+        Source(
+            file,
+            file.path,
+            first_rows={qid: row if at == i else None for qid, (at, row) in repeated.items()},
+        )
+        for i, file in enumerate(files)
+    )
+
+
+def _flat_sources(stem: str, files: tuple[InputFile, ...], scratch: Path) -> tuple[Source, ...]:
+    """The files themselves where every query's rows are contiguous, else one regrouped file."""
+    paths = [file.path for file in files]
+    runs = sum(1 for file in files for qid, _, _ in qid_runs(file) if qid is not None)
+    if runs == distinct_qids(paths):
+        return tuple(Source(file, file.path) for file in files)
+    out = scratch / f"{stem}.parquet"
+    regroup(paths, out)
+    return (Source(open_input(out), ", ".join(paths), regrouped=True),)
+
+
+def cut(file: InputFile) -> Iterator[Shard]:
+    """Divide a file at query boundaries into shards of about `SHARD_BYTES`."""
+    target = max(1, SHARD_BYTES // file.row_bytes)
+    first, rows, queries = 0, 0, 0
+    for _, start, length in _boundaries(file):
+        rows, queries = start + length - first, queries + 1
+        if rows >= target:
+            yield _shard(file, first, rows, queries)
+            first, rows, queries = start + length, 0, 0
+    if rows:
+        yield _shard(file, first, rows, queries)
+
+
+def _boundaries(file: InputFile) -> Iterable[tuple[object, int, int]]:
+    if file.layout == "nested":  # each row is a query: nothing needs to be read
+        return ((None, row, 1) for row in range(file.n_rows))
+    return qid_runs(file)
+
+
+def _shard(file: InputFile, first: int, rows: int, queries: int) -> Shard:
+    return Shard(file.path, first, rows, queries, f"{Path(file.path).stem}-{first:010d}")
+
+
+def claim_folder(folder: Path, plan: Plan, spec: JobSpec, bundle_sha256: str) -> None:
+    """Make the output folder ours by writing `plan.json`, or see that it is ours already.
+
+    Raises:
+        OutputError: it holds something else, or cannot be written.
+        ConfigurationError: it holds another job's output.
+    """
+    path = folder / "plan.json"
+    described = _described(plan, spec, bundle_sha256)
+    if path.is_file():
+        if _read_plan(path) != json.loads(json.dumps(described)):
+            raise ConfigurationError(
+                f"The output folder {folder} belongs to another job: its inputs, bundle or "
+                "settings differ.",
+                where=str(path),
+                valid="a new folder for each job and night",
+                next_step=f"choose another --output, or remove {folder}",
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"Cannot make the output folder {folder}: {error.strerror}.") from error
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is not ours before any work is done.
+
+    Raises:
+        OutputError: a file, or a folder with contents and no `plan.json`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"The output {folder} is a file.", valid="a new or empty folder")
+    if folder.is_dir() and not (folder / "plan.json").is_file() and any(folder.iterdir()):
+        raise OutputError(
+            f"The output folder {folder} is not empty and not ours: it has no plan.json.",
+            where=", ".join(sorted(p.name for p in folder.iterdir())[:5]),
+            valid="a new or empty folder, or one of an earlier run of this job",
+            next_step="choose another --output",
+        )
+
+
+def _read_plan(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _described(plan: Plan, spec: JobSpec, bundle_sha256: str) -> dict[str, Any]:
+    """Everything that decides the output; equal plans give equal run files."""
+    inputs = [
+        {
+            "path": file.path,
+            "rows": file.n_rows,
+            "bytes": Path(file.path).stat().st_size,
+            "mtime_ns": Path(file.path).stat().st_mtime_ns,
+            "layout": file.layout,
+        }
+        for file in plan.inputs
+    ]
+    outputs = [
+        {
+            "stem": output.stem,
+            "queries": output.n_queries,
+            "regrouped": any(source.regrouped for source in output.sources),
+            "shards": [shard.key for shards in output.shards for shard in shards],
+        }
+        for output in plan.outputs
+    ]
+    settings = asdict(spec)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": f"dear-batch {__version__}",
+        "bundle_sha256": bundle_sha256,
+        "spec": {k: settings[k] for k in ("pointwise", "output", "execution")},
+        "inputs": inputs,
+        "outputs": outputs,
+    }

@@ -1,0 +1,119 @@
+"""What people see on a terminal: progress, steps and tables, by rich. Decides nothing.
+
+Progress and notes go to stderr, and only where that is a terminal; tables that a command was
+asked for go to stdout.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dear_batch.pointwise.reference import Verdict
+
+GB = 1e9
+
+
+def show(renderable: RenderableType) -> None:
+    """Print to stdout; wide enough for whole tables where it is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(renderable)
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """Tell each step of a long command as it begins, with the seconds since the start."""
+    console = Console(stderr=True)
+    start = console.get_time()
+
+    def report(step: str) -> None:
+        console.print(f"[dim]{console.get_time() - start:6.1f} s[/dim]  {step}", highlight=False)
+
+    yield report
+    report("done")
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner while a command of unknown length works."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+@contextmanager
+def progress(text: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar fed with (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def needs_table(needs: Mapping[str, int | None], name: str, task: str) -> None:
+    """What an export needs beside what there is, on stderr."""
+    table = Table(title=f"{name}: {task}, {(needs['parameters'] or 0) / 1e6:,.0f} M parameters")
+    for column in ("", "needed", "here"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("memory (fp32 merge)", *_sizes(needs, "memory_bytes", "memory_available_bytes"))
+    table.add_row("disk", *_sizes(needs, "disk_bytes", "disk_free_bytes"))
+    Console(stderr=True).print(table)
+
+
+def _sizes(needs: Mapping[str, int | None], *names: str) -> list[str]:
+    sizes = [needs[name] for name in names]
+    return ["unknown" if size is None else f"{size / GB:.1f} GB" for size in sizes]
+
+
+def run_summary(report: Mapping[str, Any], folder: str) -> None:
+    """What a job did, on stderr."""
+    table = Table(title=f"{folder}: {', '.join(report['outputs'][:3])}", show_header=False)
+    queries, candidates = report["queries"], report["candidates"]
+    table.add_row("queries", f"{queries['written']:,} of {queries['read']:,} written")
+    table.add_row("candidates", f"{candidates['written']:,} of {candidates['read']:,} written")
+    for reason, count in report["quarantine_reasons"].items():
+        table.add_row("set aside", f"{count:,} × {reason}")
+    table.add_row("truncated pairs", f"{report['truncated_pairs']:,}")
+    rate = report["tokens_per_second"]
+    table.add_row("tokens", f"{report['tokens']:,}" + (f" at {rate:,.0f}/s" if rate else ""))
+    table.add_row("engine", f"{report['engine']} on {report['device']}, {report['precision']}")
+    table.add_row("seconds", f"{report['seconds']['total']:.1f}")
+    Console(stderr=True).print(table)
+
+
+def verdict_table(verdict: "Verdict") -> None:
+    """Scores beside the printed ones."""
+    table = Table(title=f"README example, {verdict.name}")
+    for column in ("document", "here", "printed", "difference"):
+        table.add_column(column, justify="right")
+    for i, (found, expected) in enumerate(zip(verdict.scores, verdict.expected, strict=True)):
+        table.add_row(str(i), f"{found:.4f}", f"{expected:.4f}", f"{found - expected:+.4f}")
+    show(table)
