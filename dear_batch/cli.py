@@ -7,6 +7,7 @@ line is one JSON object where a command has an outcome.
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,7 +76,7 @@ def _outcome(fields: Mapping[str, Any]) -> None:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dear-batch")
 def main() -> None:
-    """Offline reranking of large candidate sets with DeAR rerankers.
+    r"""Offline reranking of large candidate sets with DeAR rerankers.
 
     \b
     A job, end to end:
@@ -91,7 +92,7 @@ def main() -> None:
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IN...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 def convert(form: str, inputs: tuple[Path, ...], output: Path) -> None:
-    """Turn candidate lists of another format into the Parquet that `run` reads.
+    r"""Turn candidate lists of another format into the Parquet that `run` reads.
 
     \b
     rankgpt   JSON: [{query, hits: [{content, qid, docid, rank, score}]}]
@@ -109,7 +110,7 @@ def convert(form: str, inputs: tuple[Path, ...], output: Path) -> None:
 
     with status(f"converting {form}"):
         converted = functions[form](inputs, output)
-    _outcome({"status": "ok", **converted.as_dict()})
+    _outcome({"status": "ok", **asdict(converted), "out": str(converted.out)})
 
 
 @main.command(epilog=EXAMPLES["export"])
@@ -226,7 +227,7 @@ def score(bundle: Path, query: str, documents: tuple[str, ...], device: str, eng
     help="Which printed scores; by default from the checkpoint's name.",
 )
 def verify_reference(checkpoint: str, scores: Any, **options: str | None) -> None:
-    """Score the DeAR README's example and compare with the scores printed there.
+    r"""Score the DeAR README's example and compare with the scores printed there.
 
     CHECKPOINT is a bundle, a local folder or a hub id. A checkpoint runs in PyTorch bf16 as
     the README does; a bundle runs in its own engine.
@@ -290,7 +291,7 @@ def evaluate(
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 def inspect(path: Path) -> None:
-    """Show what a bundle, a Parquet file or an output folder holds, on one screen.
+    r"""Show what a bundle, a Parquet file or an output folder holds, on one screen.
 
     \b
     Examples:

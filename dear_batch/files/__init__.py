@@ -1,0 +1,1 @@
+"""Files in and out: candidate lists in Parquet, foreign formats, durable writes."""

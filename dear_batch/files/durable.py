@@ -1,0 +1,106 @@
+"""Writes that end complete or absent, whatever interrupts them.
+
+Knows nothing of what is written: the caller gets a temporary path, writes a file there in
+its own way, and the file takes its final name when the block ends without an exception.
+"""
+
+import contextlib
+import errno
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from dear_batch.errors import OutputError
+
+_UNWRITABLE = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole: yields a new, empty temporary file in the folder of `path`.
+
+    When the block ends, the file is flushed to disk and renamed to `path`, replacing what was
+    there; when the block raises, it is removed and `path` is as before. A killed process can
+    leave the temporary file (`.<name>.<uuid>.tmp`), never half a `path`.
+
+    Raises:
+        OutputError: the folder is missing, read-only or full, or `path` is a folder.
+    """
+    if path.is_dir():
+        raise OutputError(
+            f"Cannot write {path.name}: a folder has that name.",
+            where=str(path),
+            valid="the path of a file",
+            next_step=f"add a file name, such as {path / 'candidates.parquet'}",
+        )
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with writing(path):
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(temporary, flags, 0o666))
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """A folder for temporary files on the disk of `beside`, removed when the block ends.
+
+    Raises:
+        OutputError: the folder of `beside` is missing, read-only or full.
+    """
+    prefix = f".{beside.name}."
+    with (
+        writing(beside),
+        tempfile.TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=beside.parent) as folder,
+    ):
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says while `path` is written into an `OutputError`."""
+    if not path.parent.is_dir():
+        raise OutputError(
+            f"Cannot write {path.name}: its folder does not exist.",
+            where=str(path.parent),
+            next_step=f"mkdir -p {path.parent}",
+        )
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise OutputError(
+            f"Cannot write {path.name}: {os.strerror(error.errno)}.",
+            where=str(path),
+            valid="a folder that can be written to and has space left",
+            next_step="free space or name another output, then run the same command again",
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    # A failed fsync is never tried again: the kernel may have dropped the pages it could not
+    # write, and would report success the second time.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

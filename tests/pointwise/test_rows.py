@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dear_batch.pointwise.recipe import EncodedPair
+from dear_batch.pointwise.rows import Layout, batches, pack, packed_arrays, padded_arrays
+
+ROW = 24
+
+
+def pair(prefix: list[int], document: list[int]) -> EncodedPair:
+    return EncodedPair(np.array(prefix, np.int32), np.array(document, np.int32), truncated=False)
+
+
+PREFIXES = st.sampled_from([[1, 5], [1, 6, 7], [1, 8, 8, 8, 8]])
+PAIRS = st.lists(
+    st.builds(pair, PREFIXES, st.lists(st.integers(10, 99), min_size=1, max_size=ROW - 5)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(deadline=None)
+@given(PAIRS)
+def test_every_document_once_and_never_over_budget(pairs: list[EncodedPair]) -> None:
+    rows = pack(pairs, ROW)
+    placed = [d for row in rows for group in row.groups for d in group.documents]
+    assert sorted(placed) == list(range(len(pairs)))
+    for row in rows:
+        tokens = 0
+        for group in row.groups:
+            assert {pairs[d].prefix_ids.tobytes() for d in group.documents} == {group.prefix}
+            tokens += len(pairs[group.documents[0]].prefix_ids)
+            tokens += sum(len(pairs[d].document_ids) for d in group.documents)
+        assert tokens == row.tokens <= ROW
+        assert len({group.prefix for group in row.groups}) == len(row.groups)
+
+
+@settings(deadline=None)
+@given(PAIRS, st.sampled_from([ROW, 2 * ROW, 5 * ROW]))
+def test_arrays_hold_each_pair_as_if_it_were_alone(pairs: list[EncodedPair], budget: int) -> None:
+    """What a pooled token sees through the mask is its pair, in order, at positions 0…n-1."""
+    seen: list[int] = []
+    for batch in batches(pairs, Layout(True, ROW, budget)):
+        assert len(batch.rows) * batch.length <= budget
+        arrays = packed_arrays(batch, pad_id=0)
+        for document, flat in zip(batch.documents, arrays.pooled_N, strict=True):
+            r, t = divmod(int(flat), batch.length)
+            groups, segments = arrays.groups_RT[r], arrays.segments_RT[r]
+            visible = (groups == groups[t]) & ((segments == 0) | (segments == segments[t]))
+            visible &= np.arange(batch.length) <= t
+            expected = pairs[document].input_ids()
+            np.testing.assert_array_equal(arrays.tokens_RT[r][visible], expected)
+            np.testing.assert_array_equal(arrays.positions_RT[r][visible], range(len(expected)))
+        padding = arrays.groups_RT == -1
+        assert np.all(arrays.tokens_RT[padding] == 0)
+        assert batch.tokens == int((~padding).sum())
+        seen += batch.documents
+    assert sorted(seen) == list(range(len(pairs)))
+
+
+@settings(deadline=None)
+@given(PAIRS)
+def test_the_plan_is_a_pure_function(pairs: list[EncodedPair]) -> None:
+    layout = Layout(True, ROW, 2 * ROW)
+    assert [b.rows for b in batches(pairs, layout)] == [b.rows for b in batches(pairs, layout)]
+
+
+@given(PAIRS, st.sampled_from([None, 30]))
+@settings(deadline=None)
+def test_unpacked_batches_hold_one_pair_a_row(pairs: list[EncodedPair], length: int | None) -> None:
+    found: dict[int, list[int]] = {}
+    for batch in batches(pairs, Layout(False, ROW, 3 * 30, length)):
+        input_ids_RT, attention_mask_RT = padded_arrays(batch, pad_id=0)
+        assert input_ids_RT.shape == (len(batch.rows), length or batch.length)
+        for n, d in enumerate(batch.documents):
+            found[d] = input_ids_RT[n, attention_mask_RT[n] == 1].tolist()
+    assert found == {i: p.input_ids().tolist() for i, p in enumerate(pairs)}
+
+
+def test_best_fit_fills_the_tightest_gap_and_shares_prefixes() -> None:
+    a, b = [1, 2], [1, 3, 4]
+    pairs = [pair(a, [9] * 15), pair(a, [9] * 10), pair(b, [9] * 4), pair(b, [9] * 9)]
+    rows = pack(pairs, ROW)
+    # A's documents do not fit together (2 + 15 + 10); each opens a row, with 7 and 12 left.
+    # B's longer one (3 + 9) fits the 12 exactly, its shorter one (3 + 4) the 7 exactly.
+    assert [[group.documents for group in row.groups] for row in rows] == [[[0], [2]], [[1], [3]]]
+    assert [row.tokens for row in rows] == [24, 24]
+
+
+def test_a_pair_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="25 tokens in rows of 24"):
+        pack([pair([1], [9] * 24)], ROW)
+
+
+def test_padding_of_realistic_lengths_stays_small() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [
+        pair([1, q, q], [9] * int(n))
+        for q in range(2, 22)
+        for n in rng.gamma(4.0, 20.0, 100).clip(8, 220)
+    ]
+    rows = pack(pairs, 512)
+    assert sum(row.tokens for row in rows) / (512 * len(rows)) > 0.95
