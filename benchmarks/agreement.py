@@ -41,7 +41,12 @@ def readme_scores(base: str, adapter: str, lists: list[dict]) -> dict[tuple[str,
         model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.padding_side = "right"
     pairs = [
-        (str(hit["qid"]), str(hit["docid"]), "query: " + item["query"], "document:  " + hit["content"])
+        (
+            str(hit["qid"]),
+            str(hit["docid"]),
+            "query: " + item["query"],
+            "document:  " + hit["content"],
+        )
         for item in lists
         for hit in item["hits"]
     ]
@@ -121,7 +126,10 @@ def main() -> None:
         "pairs": len(ours),
         "ndcg": figures,
         "max_abs_difference": max(abs(ours[key] - plain[key]) for key in ours),
-        "seconds": {"dear_batch": round(middle - start, 1), "plain_pytorch": round(end - middle, 1)},
+        "seconds": {
+            "dear_batch": round(middle - start, 1),
+            "plain_pytorch": round(end - middle, 1),
+        },
         "tokens": report["tokens"],
         "padding_share": report["padding_share"],
         "versions": {"torch": torch.__version__, "python": platform.python_version()},

@@ -226,7 +226,7 @@ def score(bundle: Path, query: str, documents: tuple[str, ...], device: str, eng
     type=click.Choice(["8b-ce", "8b-ranknet", "3b-ce", "3b-ranknet"]),
     help="Which printed scores; by default from the checkpoint's name.",
 )
-def verify_reference(checkpoint: str, scores: Any, **options: str | None) -> None:
+def verify_reference(checkpoint: str, scores: Any, **options: Any) -> None:
     r"""Score the DeAR README's example and compare with the scores printed there.
 
     CHECKPOINT is a bundle, a local folder or a hub id. A checkpoint runs in PyTorch bf16 as

@@ -98,7 +98,8 @@ def _parquet(path: Path) -> RenderableType:
         columns = ", ".join(f"{f.name}: {f.type}" for f in pq.read_schema(path))
         return _facts(f"Parquet {path}", {**facts, "columns": columns, "runs": f"no. {error.what}"})
     per = "query" if file.layout == "nested" else "candidate"
-    facts |= {"layout": f"{file.layout}, a row a {per}", "first-stage scores": file.has_score}
+    scores = "yes" if file.has_score else "no"
+    facts |= {"layout": f"{file.layout}, a row a {per}", "first-stage scores": scores}
     preview = Table(title="First lists")
     for column in ("qid", "query", "candidates", "first candidate"):
         preview.add_column(column)

@@ -100,7 +100,7 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
     table.add_row("queries", f"{queries['written']:,} of {queries['read']:,} written")
     table.add_row("candidates", f"{candidates['written']:,} of {candidates['read']:,} written")
     for reason, count in report["quarantine_reasons"].items():
-        table.add_row("set aside", f"{count:,} × {reason}")
+        table.add_row("set aside", f"{count:,} {reason}")
     table.add_row("truncated pairs", f"{report['truncated_pairs']:,}")
     rate = report["tokens_per_second"]
     table.add_row("tokens", f"{report['tokens']:,}" + (f" at {rate:,.0f}/s" if rate else ""))

@@ -120,7 +120,7 @@ def save_checkpoint(
     return folder
 
 
-def save_adapter(folder: Path, base: Path, *, causal: bool = False, head: bool = True) -> Path:
+def save_adapter(folder: Path, base: Path, *, causal: bool = False) -> Path:
     """A LoRA adapter of a tiny base, its deltas and its head far from zero."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
@@ -131,7 +131,7 @@ def save_adapter(folder: Path, base: Path, *, causal: bool = False, head: bool =
     settings = {} if causal else {"num_labels": 1}
     model = auto.from_pretrained(base, **settings)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if causal or not head else TaskType.SEQ_CLS,
+        task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
         r=4,
         lora_alpha=8,
         target_modules=["q_proj", "v_proj", "down_proj"],

@@ -132,6 +132,7 @@ def _pointwise(
     (folder / "onnx").mkdir()
     signatures = onnx_from_torch(model, folder / "onnx", recipe.pooling)
     report("scoring the parity pairs with ONNX Runtime")
+    scorers: dict[str, type[PaddedOnnxScorer | PackedOnnxScorer]]
     scorers = {"model.onnx": PaddedOnnxScorer, "packed.onnx": PackedOnnxScorer}
     scores = {}
     for name in signatures:

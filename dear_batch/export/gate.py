@@ -5,7 +5,7 @@ the Hugging Face tokenizer. Text is the project's own unless the user gives some
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -89,7 +89,7 @@ def scores_of(scorer: Scorer, encoded: Sequence[list[EncodedPair]]) -> list[NDAr
 
 def gate(
     reference: Sequence[NDArray[np.float32]],
-    candidates: dict[str, Sequence[NDArray[np.float32]]],
+    candidates: Mapping[str, Sequence[NDArray[np.float32]]],
     precision: str,
 ) -> dict[str, Any]:
     """Figures of every graph for the manifest.

@@ -6,7 +6,8 @@ Knows nothing of ONNX or bundles.
 """
 
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dear_batch.bundle import Task
@@ -23,6 +24,7 @@ try:
         AutoTokenizer,
         PreTrainedTokenizerFast,
     )
+    from transformers.utils import logging
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "torch", "export", "Export") from error
 
@@ -42,16 +44,32 @@ def model_from_checkpoint(
     if adapter is not None:
         check_weights(adapter)
     head = _stored_head(adapter or model) if task == "pointwise" else None
-    merged = _load(model, task, dtype)
-    if adapter is not None:
-        peft = PeftModel.from_pretrained(merged, str(adapter.folder), torch_device="cpu")
-        merged = peft.merge_and_unload(safe_merge=True)
+    with _quiet():
+        merged = _load(model, task, dtype)
+        if adapter is not None:
+            peft = PeftModel.from_pretrained(merged, str(adapter.folder), torch_device="cpu")
+            merged = peft.merge_and_unload(safe_merge=True)
     if head is not None and not torch.equal(merged.score.weight, head.to(dtype)):
         raise ConfigurationError(
             f"The score head of {(adapter or model).id} did not survive loading.",
             valid="a sequence classification checkpoint whose `score.weight` loads as it is",
         )
     return merged.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No report of a missing head (it is checked here) and no notices of other libraries."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
 
 
 def _load(model: Checkpoint, task: Task, dtype: Any) -> Any:
@@ -98,8 +116,7 @@ def tokenizer_from_checkpoint(model: Checkpoint, adapter: Checkpoint | None) -> 
     """
     has_own = adapter is not None and (adapter.folder / "tokenizer.json").is_file()
     source = adapter if adapter is not None and has_own else model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source.folder))
         except (OSError, ValueError) as error:
@@ -117,8 +134,3 @@ def _no_tokenizer(source: Checkpoint) -> ConfigurationError:
         where=str(source.folder),
         valid="tokenizer.json (and tokenizer_config.json) beside the weights",
     )
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write `tokenizer.json` and its companions as they are before any call changes them."""
-    tokenizer.save_pretrained(folder)

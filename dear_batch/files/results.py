@@ -15,26 +15,26 @@ from dear_batch.files.durable import replacing
 
 SCHEMA_VERSION = "1"
 RESULTS_SCHEMA = pa.schema(
-    [
-        ("qid", pa.string()),
-        ("docid", pa.string()),
-        ("rank", pa.int32()),
-        ("logit", pa.float32()),
-        ("first_score", pa.float64()),
-        ("first_rank", pa.int32()),
-    ],
+    {
+        "qid": pa.string(),
+        "docid": pa.string(),
+        "rank": pa.int32(),
+        "logit": pa.float32(),
+        "first_score": pa.float64(),
+        "first_rank": pa.int32(),
+    },
     metadata={"schema_version": SCHEMA_VERSION},
 )
 QUARANTINE_SCHEMA = pa.schema(
-    [
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("path", pa.string()),
-        ("row", pa.int64()),
-        ("qid", pa.string()),
-        ("docid", pa.string()),
-        ("candidates", pa.int64()),
-    ],
+    {
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "path": pa.string(),
+        "row": pa.int64(),
+        "qid": pa.string(),
+        "docid": pa.string(),
+        "candidates": pa.int64(),
+    },
     metadata={"schema_version": SCHEMA_VERSION},
 )
 RESULT_ROWS = 1 << 16

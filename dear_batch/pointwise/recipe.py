@@ -75,7 +75,9 @@ class Recipe:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """The recipe that `to_json` wrote into a bundle."""
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        lists: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
         return cls(**lists)
 
     def to_json(self) -> dict[str, Any]:

@@ -46,9 +46,12 @@ class TorchScorer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model_from_bundle(bundle), bundle.recipe, device)
 
-    @torch.inference_mode()
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Raw logits, scores_N."""
+        with torch.inference_mode():
+            return self._score(batch)
+
+    def _score(self, batch: Batch) -> NDArray[np.float32]:
         input_ids_RT, attention_mask_RT = (
             torch.from_numpy(array).to(self.device)
             for array in padded_arrays(batch, self._recipe.pad_id)

@@ -38,13 +38,12 @@ class Admitted:
     first_ranks: tuple[int, ...]
 
 
-def valid_id(text: str | None) -> bool:
-    """Whether an id can stand in a TREC file: not empty, no white space, no control character."""
-    return bool(text) and text is not None and text.isprintable() and not _has_space(text)
+def valid_id(text: str) -> bool:
+    """Whether an id can stand in a TREC file: not empty, no white space, no control character.
 
-
-def _has_space(text: str) -> bool:
-    return any(character.isspace() for character in text)
+    Of all white space, `isprintable` lets only the plain space pass.
+    """
+    return bool(text) and text.isprintable() and " " not in text
 
 
 class Admission:
@@ -83,11 +82,9 @@ class Admission:
                 yield from self._admit_candidates(item)
 
     def _query_fault(self, item: CandidateList) -> str | None:
-        if not valid_id(item.qid):
+        if item.qid is None or not valid_id(item.qid):
             return "bad_qid"
-        if item.qid == self._previous:
-            return "duplicate_qid"
-        if item.qid in self._first_rows and self._first_rows[item.qid] != item.row:
+        if item.qid == self._previous or self._first_rows.get(item.qid, item.row) != item.row:
             return "duplicate_qid"
         if not (item.query or "").strip():
             return "empty_query"

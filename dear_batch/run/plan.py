@@ -122,15 +122,15 @@ def _check_together(files: tuple[InputFile, ...], spec: JobSpec) -> None:
 
 def _plan_output(stem: str, files: tuple[InputFile, ...], scratch: Path) -> Output:
     if files[0].layout == "nested":
-        sources = _nested_sources(files)
+        sources = _nested_sources(files, scratch)
     else:
         sources = _flat_sources(stem, files, scratch)
     shards = tuple(tuple(cut(source.file)) for source in sources)
     return Output(stem, sources, shards)
 
 
-def _nested_sources(files: tuple[InputFile, ...]) -> tuple[Source, ...]:
-    repeated = repeated_qids([file.path for file in files])
+def _nested_sources(files: tuple[InputFile, ...], scratch: Path) -> tuple[Source, ...]:
+    repeated = repeated_qids([file.path for file in files], beside=scratch / "qids")
     return tuple(
         Source(
             file,
@@ -145,7 +145,7 @@ def _flat_sources(stem: str, files: tuple[InputFile, ...], scratch: Path) -> tup
     """The files themselves where every query's rows are contiguous, else one regrouped file."""
     paths = [file.path for file in files]
     runs = sum(1 for file in files for qid, _, _ in qid_runs(file) if qid is not None)
-    if runs == distinct_qids(paths):
+    if runs == distinct_qids(paths, beside=scratch / "qids"):
         return tuple(Source(file, file.path) for file in files)
     out = scratch / f"{stem}.parquet"
     regroup(paths, out)

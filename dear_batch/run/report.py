@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,7 +33,7 @@ class Tally:
     candidates: Count = field(default_factory=Count)
     reasons: Counter[str] = field(default_factory=Counter)
     work: Work = field(default_factory=Work)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def refused(self, refusal: Refusal) -> None:
         """Count what was set aside; a refusal without docid is a whole query."""

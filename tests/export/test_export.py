@@ -298,7 +298,7 @@ def test_remote_code_is_refused(tmp_path: Path, checkpoint: Make) -> None:
 def test_an_adapter_without_head_is_refused(
     tmp_path: Path, checkpoint: Make, adapter: Make
 ) -> None:
-    lora = adapter("llama31", head=False)
+    lora = adapter("llama31", causal=True)
     base = str(checkpoint("llama31", causal=True))
     refused(
         tmp_path,
