@@ -102,7 +102,7 @@ def bundle_from_checkpoint(plan: Plan, report: Report) -> Bundle:
         report(f"loading and merging {plan.model.id} in fp32")
         model = model_from_checkpoint(plan.model, plan.adapter, plan.task)
         tokenizer = tokenizer_from_checkpoint(plan.model, plan.adapter)
-        tokenizer.save_pretrained(folder)
+        _save_tokenizer(tokenizer, folder)
         if model.config.pad_token_id is None:  # the authors' README
             model.config.pad_token_id = tokenizer.pad_token_id
         dimensions = architecture(model.config)
@@ -113,6 +113,14 @@ def bundle_from_checkpoint(plan: Plan, report: Report) -> Bundle:
         report("hashing the files")
         write_manifest(folder, _manifest(plan, dimensions, folder, **pieces))
     return open_bundle(output, verify=False)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """As transformers 5 saves it, under a class name that transformers 4 and Optimum know too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
 
 def _pointwise(

@@ -6,6 +6,7 @@ Files appear under their names complete or not at all. Knows nothing of models.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,29 +15,25 @@ from dear_batch.data import Ranking, Refusal, RunLine
 from dear_batch.files.durable import replacing
 
 SCHEMA_VERSION = "1"
-RESULTS_SCHEMA = pa.schema(
-    {
-        "qid": pa.string(),
-        "docid": pa.string(),
-        "rank": pa.int32(),
-        "logit": pa.float32(),
-        "first_score": pa.float64(),
-        "first_rank": pa.int32(),
-    },
-    metadata={"schema_version": SCHEMA_VERSION},
-)
-QUARANTINE_SCHEMA = pa.schema(
-    {
-        "reason": pa.string(),
-        "detail": pa.string(),
-        "path": pa.string(),
-        "row": pa.int64(),
-        "qid": pa.string(),
-        "docid": pa.string(),
-        "candidates": pa.int64(),
-    },
-    metadata={"schema_version": SCHEMA_VERSION},
-)
+_RESULTS: dict[str, Any] = {
+    "qid": pa.string(),
+    "docid": pa.string(),
+    "rank": pa.int32(),
+    "logit": pa.float32(),
+    "first_score": pa.float64(),
+    "first_rank": pa.int32(),
+}
+_QUARANTINE: dict[str, Any] = {
+    "reason": pa.string(),
+    "detail": pa.string(),
+    "path": pa.string(),
+    "row": pa.int64(),
+    "qid": pa.string(),
+    "docid": pa.string(),
+    "candidates": pa.int64(),
+}
+RESULTS_SCHEMA = pa.schema(_RESULTS, metadata={"schema_version": SCHEMA_VERSION})
+QUARANTINE_SCHEMA = pa.schema(_QUARANTINE, metadata={"schema_version": SCHEMA_VERSION})
 RESULT_ROWS = 1 << 16
 REFUSAL_ROWS = 1 << 12
 

