@@ -5,10 +5,12 @@ Face expect of a sequence classification model.
 `packed.onnx`: tokens, positions, groups, segments_RT and pooled_N (int32) → scores_N: many
 documents a row (see `pointwise.rows`).
 
-Both keep norms, softmax and head in fp32 and name the same weights file. Knows nothing of
-checkpoints or bundles.
+Both name the same weights file. The exporter's time grows with every layer, and all layers are
+alike, so it traces a stand-in of two layers with random weights; `graph_edits` repeats the
+second. Knows nothing of checkpoints or bundles.
 """
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -17,8 +19,16 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
-from dear_batch.export.weights import Range, write_weights
+from dear_batch.export.graph_edits import (
+    STANDARD_INPUTS,
+    point_at_weights,
+    repeat_last_layer,
+    signatures,
+    standard_from_packed,
+)
+from dear_batch.export.weights import write_weights
 from dear_batch.pointwise.recipe import Pooling
 
 OPSET = 18
@@ -26,40 +36,7 @@ OPSET = 18
 # NaN when a whole row is hidden or a negative score is added. exp(-1e9) is exactly 0.
 HIDDEN = -1e9
 WEIGHTS = "weights.safetensors"
-# The standard form is the packed one with one pair a row: the pair is all prefix (segment 0)
-# of group 0, its padding group -1; positions count from 0; the last attended position is
-# pooled, found as a maximum since ONNX Runtime has no ArgMax on int64.
-AROUND_PACKED = """
-<ir_version: 10, opset_import: ["" : 18]>
-standard (int64[batch, length] input_ids, int64[batch, length] attention_mask,
-          float[batch] scores)
-    => (int32[batch, length] tokens, int32[batch, length] positions,
-        int32[batch, length] groups, int32[batch, length] segments,
-        int32[batch] pooled, float[batch, 1] logits)
-{
-    std_zero = Constant<value = int32 {0}>()
-    std_one = Constant<value = int32 {1}>()
-    std_axis = Constant<value = int64[1] {1}>()
-    std_mask = Cast<to = 6>(attention_mask)
-    std_batch = Shape<start = 0, end = 1>(input_ids)
-    std_batch_32 = Cast<to = 6>(std_batch)
-    std_batch_scalar = Squeeze(std_batch_32)
-    std_rows = Range(std_zero, std_batch_scalar, std_one)
-    std_length = Shape<start = 1, end = 2>(input_ids)
-    std_length_32 = Cast<to = 6>(std_length)
-    std_length_scalar = Squeeze(std_length_32)
-    std_columns = Range(std_zero, std_length_scalar, std_one)
-    tokens = Cast<to = 6>(input_ids)
-    segments = Mul(std_mask, std_zero)
-    positions = Add(segments, std_columns)
-    groups = Sub(std_mask, std_one)
-    std_attended = Mul(positions, std_mask)
-    std_last = ReduceMax<keepdims = 0>(std_attended, std_axis)
-    std_starts = Mul(std_rows, std_length_scalar)
-    pooled = Add(std_starts, std_last)
-    logits = Unsqueeze(scores, std_axis)
-}
-"""
+TRACED_LAYERS = 2
 
 
 class InOutLinear(nn.Module):
@@ -86,13 +63,26 @@ def with_in_out_weights(module: nn.Module) -> nn.Module:
     return module
 
 
-def _hidden(scorer: nn.Module, ids: Tensor, positions: Tensor, visible_RTT: Tensor) -> Tensor:
-    """Last hidden states, [R, T, hidden]; a given 4-D mask replaces Hugging Face's own."""
+def _hidden(
+    scorer: nn.Module, ids: Tensor, positions: Tensor, visible_RTT: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Last hidden states, [R, T, hidden], and the output of every layer.
+
+    A given 4-D mask replaces Hugging Face's own.
+    """
     mask_R1TT = torch.where(visible_RTT, 0.0, HIDDEN)[:, None]
-    output: Tensor = scorer.model(
+    model: Any = scorer.model
+    layers: list[Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, inputs: layers.append(inputs[0]))
+        for module in (*model.layers[1:], model.norm)
+    ]
+    output: Tensor = model(
         input_ids=ids, attention_mask=mask_R1TT, position_ids=positions, use_cache=False
     ).last_hidden_state
-    return output
+    for hook in hooks:
+        hook.remove()
+    return output, layers
 
 
 class PackedGraph(nn.Module):
@@ -106,18 +96,20 @@ class PackedGraph(nn.Module):
 
     def forward(
         self, tokens: Tensor, positions: Tensor, groups: Tensor, segments: Tensor, pooled: Tensor
-    ) -> Tensor:
-        """scores_N. Padding has group -1 and sees padding, so that no row is all hidden."""
+    ) -> tuple[Tensor, ...]:
+        """scores_N and each layer's output.
+
+        Padding has group -1 and sees padding, so that no token's view is all hidden.
+        """
         order_T = torch.arange(tokens.shape[1])
         causal_TT = order_T[None, :] <= order_T[:, None]
         same_group_RTT = groups[:, :, None] == groups[:, None, :]
         same_segment_RTT = segments[:, :, None] == segments[:, None, :]
         in_prefix_RT = segments == 0
         visible_RTT = causal_TT[None] & same_group_RTT & (in_prefix_RT[:, None] | same_segment_RTT)
-        hidden_RTH = _hidden(self.scorer, tokens, positions, visible_RTT)
+        hidden_RTH, layers = _hidden(self.scorer, tokens, positions, visible_RTT)
         pooled_NH = hidden_RTH.flatten(0, 1).index_select(0, pooled)
-        scores_N: Tensor = self.scorer.score(pooled_NH.float())[:, 0]
-        return scores_N
+        return self.scorer.score(pooled_NH.float())[:, 0], *layers
 
 
 class FinalPositionGraph(nn.Module):
@@ -126,20 +118,19 @@ class FinalPositionGraph(nn.Module):
     As Hugging Face computes it: a padding token sees the real tokens, not itself.
     """
 
-    inputs = ("input_ids", "attention_mask")
+    inputs = STANDARD_INPUTS
 
     def __init__(self, scorer: nn.Module) -> None:
         super().__init__()
         self.scorer = scorer
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """logits_B1."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """logits_B1 and each layer's output."""
         positions_L = torch.arange(input_ids.shape[1])
         causal_LL = positions_L[None, :] <= positions_L[:, None]
         visible_BLL = causal_LL[None] & (attention_mask[:, None, :] != 0)
-        hidden_BLH = _hidden(self.scorer, input_ids, positions_L[None], visible_BLL)
-        logits_B1: Tensor = self.scorer.score(hidden_BLH[:, -1].float())
-        return logits_B1
+        hidden_BLH, layers = _hidden(self.scorer, input_ids, positions_L[None], visible_BLL)
+        return self.scorer.score(hidden_BLH[:, -1].float()), *layers
 
 
 def onnx_from_torch(model: Any, folder: Path, pooling: Pooling) -> dict[str, Any]:
@@ -151,23 +142,42 @@ def onnx_from_torch(model: Any, folder: Path, pooling: Pooling) -> dict[str, Any
     Returns:
         Each graph's signature: inputs and outputs, name → [dtype, dimension, …].
     """
-    model.set_attn_implementation("eager")  # fewer nodes than the decomposition of SDPA
     with_in_out_weights(model)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     ranges = write_weights(parameters, folder / WEIGHTS)
+    stand_in = with_in_out_weights(_stand_in(model.config))
     if pooling == "final-position":
         rows = {0: "batch", 1: "length"}
-        standard = _traced(FinalPositionGraph(model), torch.int64, (rows, rows), "logits")
-        graphs = {"model.onnx": standard}
+        traced = _traced(FinalPositionGraph(stand_in), torch.int64, (rows, rows), "logits")
     else:
         rows = {0: "rows", 1: "row_tokens"}
         shapes = (rows, rows, rows, rows, {0: "documents"})
-        packed = _traced(PackedGraph(model), torch.int32, shapes, "scores")
-        graphs = {"packed.onnx": packed, "model.onnx": standard_from_packed(packed.clone())}
+        traced = _traced(PackedGraph(stand_in), torch.int32, shapes, "scores")
+    repeat_last_layer(traced.graph, model.config.num_hidden_layers)
+    point_at_weights(traced.graph, folder / WEIGHTS, ranges)
+    if pooling == "final-position":
+        graphs = {"model.onnx": traced}
+    else:
+        graphs = {"model.onnx": standard_from_packed(traced.clone()), "packed.onnx": traced}
     for name, graph in graphs.items():
-        _point_at_weights(graph.graph, folder, ranges)
         ir.save(graph, folder / name)
-    return {name: _signatures(graph.graph) for name, graph in sorted(graphs.items())}
+    return {name: signatures(graph.graph) for name, graph in graphs.items()}
+
+
+def _stand_in(config: Any) -> nn.Module:
+    """A model of the same layers, two at most, and hardly any vocabulary.
+
+    Its weights are random: the exporter merges equal ones.
+    """
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = min(TRACED_LAYERS, config.num_hidden_layers)
+    small.vocab_size, small.pad_token_id = 8, None
+    small._attn_implementation = "eager"  # noqa: SLF001 - fewer nodes than SDPA decomposes into
+    model: nn.Module = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(generator=generator)
+    return model
 
 
 def _traced(
@@ -176,6 +186,7 @@ def _traced(
     """Export a module whose inputs are all of one dtype, of two or one dimensions."""
     # A tensor of its own for each input: the exporter takes equal objects for one input.
     examples = tuple(torch.ones([8 - 5 * axis for axis in shape], dtype=dtype) for shape in shapes)
+    layers = len(module.scorer.model.layers)
     # Two notices a machine without torchvision prints at every export.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
@@ -186,7 +197,7 @@ def _traced(
             dynamo=True,
             dynamic_shapes=shapes,
             input_names=list(module.inputs),
-            output_names=[output],
+            output_names=[output, *(f"layer_{i}" for i in range(layers))],
             opset_version=OPSET,
             verbose=False,
         )
@@ -195,49 +206,3 @@ def _traced(
         node.metadata_props.clear()
         node.doc_string = None
     return model
-
-
-def standard_from_packed(model: ir.Model) -> ir.Model:
-    """Put the standard form's inputs and output around a packed graph, which is changed."""
-    graph, around = model.graph, ir.from_onnx_text(AROUND_PACKED).graph
-    given = {value.name: value for value in around.inputs}
-    made = {value.name: value for value in around.outputs}
-    nodes = list(around)
-    around.outputs.clear()
-    around.inputs.clear()
-    around.remove(nodes)
-    graph.extend(nodes)
-    for value in graph.inputs:
-        ir.convenience.replace_all_uses_with(value, made[value.name])
-    ir.convenience.replace_all_uses_with(given["scores"], graph.outputs[0])
-    graph.inputs[:] = [given[name] for name in FinalPositionGraph.inputs]
-    graph.outputs[:] = [made["logits"]]
-    graph.sort()
-    return model
-
-
-def _point_at_weights(graph: Any, folder: Path, ranges: dict[str, Range]) -> None:
-    """Replace every initializer that is a weight by its range of the weights file."""
-    for value in graph.initializers.values():
-        stored = ranges.get(value.name.removeprefix("scorer."))
-        if stored is not None:
-            tensor = value.const_value
-            value.const_value = ir.ExternalTensor(
-                WEIGHTS,
-                stored.offset,
-                stored.length,
-                tensor.dtype,
-                shape=tensor.shape,
-                name=value.name,
-                base_dir=folder,
-            )
-
-
-def _signatures(graph: Any) -> dict[str, dict[str, list[str | int]]]:
-    sides = {"inputs": graph.inputs, "outputs": graph.outputs}
-    return {side: {v.name: _signature(v) for v in values} for side, values in sides.items()}
-
-
-def _signature(value: Any) -> list[str | int]:
-    dimensions = [d if isinstance(d, int) else str(d.value) for d in value.shape]
-    return [value.dtype.name.lower(), *dimensions]

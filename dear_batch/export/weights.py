@@ -17,10 +17,11 @@ ALIGNMENT = 4096  # the header's padding: tensors start on a page where their si
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Bytes of one tensor within the file."""
+    """Where one tensor lies within the file, in bytes, and its shape."""
 
     offset: int
     length: int
+    shape: tuple[int, ...]
 
 
 def write_weights(tensors: dict[str, Any], path: Path) -> dict[str, Range]:
@@ -31,9 +32,11 @@ def write_weights(tensors: dict[str, Any], path: Path) -> dict[str, Range]:
     memory at once, which would hold an 8B model twice.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "linear": "[in, out]"}}
+    spans: dict[str, tuple[int, int]] = {}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
+        spans[name] = (begin, end)
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     start = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
@@ -43,9 +46,6 @@ def write_weights(tensors: dict[str, Any], path: Path) -> dict[str, Range]:
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor.numpy()).data)
     return {
-        name: Range(
-            start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
+        name: Range(start + begin, end - begin, tuple(tensors[name].shape))
+        for name, (begin, end) in spans.items()
     }

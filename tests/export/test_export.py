@@ -150,6 +150,24 @@ def test_a_4x_config_keeps_its_rope_scaling(
     assert np.abs(scores - expected).max() > 1e-2
 
 
+@pytest.mark.parametrize("layers", [1, 5])
+def test_any_depth_is_exported_from_two_traced_layers(
+    layers: int, tmp_path: Path, texts: tuple[str, ...]
+) -> None:
+    """Every layer keeps its own weights, also where the first two hold equal ones."""
+    model = save_checkpoint(tmp_path / "deep", "llama31", num_hidden_layers=layers)
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        if "norm" in name and (".layers.0." in name or ".layers.1." in name):
+            tensors[name] = torch.ones_like(tensors[name])
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    bundle = open_bundle(export(tmp_path, model=str(model)))
+    encoder = PairEncoder.from_file(bundle.folder / "tokenizer.json", bundle.recipe)
+    (pairs,) = encoder.encode([("q", [("", text) for text in texts[:8]])])
+    expected = readme_logits(model, "q", list(texts[:8]))
+    np.testing.assert_allclose(score_pairs(open_scorer(bundle), pairs), expected, atol=1e-4, rtol=0)
+
+
 def test_final_position_pooling_is_served_unpacked_at_full_length(
     bundle: Make, checkpoint: Make, texts: tuple[str, ...]
 ) -> None:
