@@ -2,8 +2,8 @@
 
 Reranks a RankGPT file twice with the same checkpoint: by `dear-batch run` from an exported
 bundle, and by the README's recipe (text pairs, one pair a row, padded, Hugging Face model,
-fp32). Prints nDCG@1/5/10 of the first stage and of both, and the largest score difference;
-the last line is JSON.
+fp32). Prints nDCG@1/5/10 of the first stage, of both, and of our run mixed in equal parts with
+the first stage (z-scores), and the largest score difference; the last line is JSON.
 
     python benchmarks/agreement.py BUNDLE BASE ADAPTER CANDIDATES.json QRELS
 """
@@ -22,7 +22,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from dear_batch.data import ScoredCandidate, ScoredList
 from dear_batch.evaluate.evaluation import evaluate
+from dear_batch.run.ranking import rank
 
 BATCH = 16
 MEASURES = ("nDCG@1", "nDCG@5", "nDCG@10")
@@ -90,6 +92,21 @@ def write_run(path: Path, scores: dict[tuple[str, str], float]) -> Path:
     return path
 
 
+def mixed(results: Path, path: Path) -> Path:
+    """The run that `--interpolate 0.5` writes, from the logits of the run at hand."""
+    lists: dict[str, list[ScoredCandidate]] = {}
+    for row in pq.read_table(results).sort_by("first_rank").to_pylist():
+        lists.setdefault(row["qid"], []).append(
+            ScoredCandidate(row["docid"], row["first_rank"], row["first_score"], row["logit"])
+        )
+    scores = {
+        (qid, entry.docid): entry.score
+        for qid, candidates in lists.items()
+        for entry in rank(ScoredList(qid, tuple(candidates)), interpolate=0.5).entries
+    }
+    return write_run(path, scores)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("bundle", "base", "adapter", "candidates", "qrels"):
@@ -112,11 +129,12 @@ def main() -> None:
         runs = [
             write_run(folder / "first-stage", first),
             folder / "ours" / "run.trec",
+            mixed(folder / "ours" / "results.parquet", folder / "mixed"),
             write_run(folder / "plain-pytorch", plain),
         ]
         evaluations = evaluate(Path(arguments.qrels), runs)
         report = json.loads((folder / "ours" / "report.json").read_text())
-    names = ("first_stage", "dear_batch", "plain_pytorch")
+    names = ("first_stage", "dear_batch", "dear_batch_mixed_with_first_stage", "plain_pytorch")
     figures = {
         name: {measure: round(e.measures[measure], 4) for measure in MEASURES}
         for name, e in zip(names, evaluations, strict=True)

@@ -37,7 +37,7 @@ Examples:
 Examples:
   dear-batch run jobs/nightly.toml
   dear-batch run --input candidates.parquet --bundle bundles/mine --output runs/tonight
-  dear-batch run jobs/nightly.toml --output runs/$(date +%F) --depth 50
+  dear-batch run jobs/nightly.toml --output "runs/$(date +%F)" --depth 50
 """,
     "score": """
 \b

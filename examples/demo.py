@@ -24,7 +24,6 @@ COLLECTION = HERE / "collection"
 ADAPTER = HERE / "smollm2-pointwise-lora"
 WORK = ROOT / ".demo"
 DEPTH = 20
-SHOWN_QUERY = "q01"
 
 console = Console(width=100, highlight=False)
 
@@ -51,8 +50,9 @@ def main() -> None:
     dear_batch("run", "--input", candidates, "--bundle", bundle, "--output", WORK / "run")
     step("Evaluate against the judgements, beside the first stage")
     first, ours, qrels = WORK / "first-stage.trec", WORK / "run/run.trec", "qrels/test.tsv"
-    dear_batch("evaluate", COLLECTION / qrels, ours, "--baseline", first)
-    show_query(first, ours)
+    figures = WORK / "evaluation.json"
+    dear_batch("evaluate", COLLECTION / qrels, ours, "--baseline", first, "--json", figures)
+    show_query(first, ours, largest_gain(figures))
     epilogue(time.perf_counter() - start)
 
 
@@ -70,7 +70,10 @@ def dear_batch(*arguments: object) -> None:
     """Run the command as a user would, and show it."""
     words = [str(a.relative_to(ROOT)) if isinstance(a, Path) else str(a) for a in arguments]
     console.print(f"$ dear-batch {shlex.join(words)}", style="cyan")
-    subprocess.run([sys.executable, "-m", "dear_batch", *words], check=True)
+    command = [sys.executable, "-m", "dear_batch", *words]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    # The last line is JSON for programs.
+    print("\n".join(line for line in output.splitlines() if not line.startswith("{")), flush=True)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -94,7 +97,13 @@ def first_stage(path: Path) -> None:
                     file.write(f"{query['_id']} Q0 {docid} {rank} {score:.6f} bm25s\n")
 
 
-def show_query(first: Path, ours: Path) -> None:
+def largest_gain(figures: Path) -> str:
+    """The query whose nDCG@10 rose most."""
+    before, after = (e["per_topic"] for e in json.loads(figures.read_text()))
+    return max(after, key=lambda qid: after[qid]["nDCG@10"] - before[qid]["nDCG@10"])
+
+
+def show_query(first: Path, ours: Path, qid: str) -> None:
     """One query's top five before and after, with the judges' grades."""
     queries = {q["_id"]: q["text"] for q in read_jsonl(COLLECTION / "queries.jsonl")}
     texts = {d["_id"]: d["title"] or d["text"] for d in read_jsonl(COLLECTION / "corpus.jsonl")}
@@ -103,16 +112,19 @@ def show_query(first: Path, ours: Path) -> None:
 
     def top(path: Path) -> list[str]:
         rows = [line.split() for line in path.read_text().splitlines()]
-        return [row[2] for row in rows if row[0] == SHOWN_QUERY][:5]
+        return [row[2] for row in rows if row[0] == qid][:5]
 
-    table = Table(title=f'"{queries[SHOWN_QUERY]}"', title_justify="left")
+    table = Table(
+        title=f'The largest gain of all {len(queries)} queries: "{queries[qid]}"',
+        title_justify="left",
+    )
     for column in ("rank", "BM25", "grade", "reranked", "grade"):
         table.add_column(column)
     for rank, (before, after) in enumerate(zip(top(first), top(ours), strict=True), start=1):
         cells = [
             cell
             for docid in (before, after)
-            for cell in (f"{docid} {texts[docid]}"[:34], grades.get((SHOWN_QUERY, docid), "-"))
+            for cell in (f"{docid} {texts[docid]}"[:34], grades.get((qid, docid), "-"))
         ]
         table.add_row(str(rank), *cells)
     console.print(table)

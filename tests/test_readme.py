@@ -1,0 +1,66 @@
+"""The README says what is there: its commands parse, its tables and its tree are complete."""
+
+import re
+import shlex
+import tomllib
+
+import click
+import pytest
+
+from dear_batch.cli import main
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    README,
+    *((ROOT / n / "README.md").read_text(encoding="utf-8") for n in ("export", "jobs")),
+]
+LINES = [line.strip() for page in PAGES for line in page.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("dear-batch ")]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_line_parses(line: str) -> None:
+    """Options and choices exist; files need not."""
+    _, name, *arguments = shlex.split(line, comments=True)
+    command = main.commands[name]
+    arguments = [argument.replace("SPEC", "SPEC.toml") for argument in arguments]
+    with command.make_context(name, arguments, resilient_parsing=False) as context:
+        assert context.params
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) >= 8
+
+
+def test_the_table_lists_every_command() -> None:
+    listed = re.findall(r"^\| `dear-batch (\S+)", README, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(main.commands)
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    for name, command in main.commands.items():
+        text = command.get_help(click.Context(command, info_name=name))
+        assert "Example" in text, name
+        assert f"dear-batch {name}" in text, name
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = README[README.index("## The tree") :]
+    modules = [p for p in (ROOT / "dear_batch").rglob("*.py") if not p.name.startswith("__")]
+    assert [m.name for m in modules if m.name not in tree] == []
+
+
+def test_the_cron_line_is_the_one_of_the_readme_in_spirit() -> None:
+    """Both run jobs/nightly.toml into a folder a night, with every % escaped."""
+    cron = (ROOT / "jobs" / "cron" / "nightly.cron").read_text(encoding="utf-8")
+    for text in (cron, README):
+        (line,) = [x for x in text.splitlines() if x.strip().startswith("0 2 * * *")]
+        assert "run jobs/nightly.toml --output" in line
+        assert re.findall(r"(?<!\\)%", line) == []
+
+
+def test_the_core_has_no_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    core = " ".join(project["dependencies"])
+    assert not re.search(r"torch|transformers|peft|optimum|onnxscript", core)
