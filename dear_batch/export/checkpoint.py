@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from dear_batch.errors import ConfigurationError, InputError, TrustError, missing_extra
 
-from dear_batch.errors import ConfigurationError, InputError, TrustError
+try:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from safetensors import safe_open
+except ModuleNotFoundError as error:
+    raise missing_extra(error.name or "safetensors", "export", "Export") from error
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Everything a Llama checkpoint needs; weights as safetensors only.

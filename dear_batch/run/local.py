@@ -37,7 +37,6 @@ def run_job(spec: JobSpec, advance: Advance = lambda _done, _total: None) -> dic
     folder = Path(spec.output.folder)
     check_folder(folder)
     tally = Tally()
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tally.timed("total"), scratch_folder(folder.absolute()) as scratch:
         with tally.timed("plan"):
             plan = plan_job(spec, scratch)

@@ -14,7 +14,7 @@ from typing import Any
 from dear_batch import __version__
 from dear_batch.data import Shard
 from dear_batch.errors import ConfigurationError, InputError, OutputError, UsageError
-from dear_batch.files.durable import replacing
+from dear_batch.files.durable import replacing, writing
 from dear_batch.files.parquet import InputFile, open_input, qid_runs
 from dear_batch.files.regroup import distinct_qids, regroup, repeated_qids
 from dear_batch.specs import JobSpec
@@ -125,7 +125,7 @@ def _plan_output(stem: str, files: tuple[InputFile, ...], scratch: Path) -> Outp
         sources = _nested_sources(files, scratch)
     else:
         sources = _flat_sources(stem, files, scratch)
-    shards = tuple(tuple(cut(source.file)) for source in sources)
+    shards = tuple(tuple(cut(source.file, i)) for i, source in enumerate(sources))
     return Output(stem, sources, shards)
 
 
@@ -152,17 +152,20 @@ def _flat_sources(stem: str, files: tuple[InputFile, ...], scratch: Path) -> tup
     return (Source(open_input(out), ", ".join(paths), regrouped=True),)
 
 
-def cut(file: InputFile) -> Iterator[Shard]:
-    """Divide a file at query boundaries into shards of about `SHARD_BYTES`."""
+def cut(file: InputFile, number: int) -> Iterator[Shard]:
+    """Divide a file at query boundaries into shards of about `SHARD_BYTES`.
+
+    `number` is the file's place among its output's, so that keys differ where names do not.
+    """
     target = max(1, SHARD_BYTES // file.row_bytes)
     first, rows, queries = 0, 0, 0
     for _, start, length in _boundaries(file):
         rows, queries = start + length - first, queries + 1
         if rows >= target:
-            yield _shard(file, first, rows, queries)
+            yield _shard(file, number, first, rows, queries)
             first, rows, queries = start + length, 0, 0
     if rows:
-        yield _shard(file, first, rows, queries)
+        yield _shard(file, number, first, rows, queries)
 
 
 def _boundaries(file: InputFile) -> Iterable[tuple[object, int, int]]:
@@ -171,8 +174,9 @@ def _boundaries(file: InputFile) -> Iterable[tuple[object, int, int]]:
     return qid_runs(file)
 
 
-def _shard(file: InputFile, first: int, rows: int, queries: int) -> Shard:
-    return Shard(file.path, first, rows, queries, f"{Path(file.path).stem}-{first:010d}")
+def _shard(file: InputFile, number: int, first: int, rows: int, queries: int) -> Shard:
+    key = f"{number:05d}-{Path(file.path).stem}-{first:010d}"
+    return Shard(file.path, first, rows, queries, key)
 
 
 def claim_folder(folder: Path, plan: Plan, spec: JobSpec, bundle_sha256: str) -> None:
@@ -194,10 +198,8 @@ def claim_folder(folder: Path, plan: Plan, spec: JobSpec, bundle_sha256: str) ->
                 next_step=f"choose another --output, or remove {folder}",
             )
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"Cannot make the output folder {folder}: {error.strerror}.") from error
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
@@ -210,6 +212,10 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"The output {folder} is a file.", valid="a new or empty folder")
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"Cannot make the output folder {folder}: {error.strerror}.") from error
     if folder.is_dir() and not (folder / "plan.json").is_file() and any(folder.iterdir()):
         raise OutputError(
             f"The output folder {folder} is not empty and not ours: it has no plan.json.",

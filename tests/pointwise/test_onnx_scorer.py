@@ -1,0 +1,61 @@
+"""What ONNX Runtime itself refuses; `bundle` refuses the rest before a graph is opened."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from dear_batch.errors import ConfigurationError
+from dear_batch.pointwise.onnx_scorer import open_session
+
+
+def graph_with_weights_at(location: str, path: Path) -> None:
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4])
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", "16")):
+        weight.external_data.add(key=key, value=value)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        "g",
+        [value("x", TensorProto.FLOAT, [4])],
+        [value("y", TensorProto.FLOAT, [4])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_weights_beside_the_graph_are_read(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    graph_with_weights_at("w.bin", tmp_path / "g.onnx")
+    session, device = open_session(tmp_path / "g.onnx", "cpu")
+    assert device == "cpu"
+    (found,) = session.run(None, {"x": np.ones(4, np.float32)})
+    assert found.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_weights_outside_the_folder_are_refused(tmp_path: Path, absolute: bool) -> None:
+    """External-data paths of a foreign graph are an attack (trap 27)."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(16))
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    graph_with_weights_at(str(secret) if absolute else "../secret", folder / "g.onnx")
+    with pytest.raises(Exception, match=r"(?i)external|path|directory"):
+        open_session(folder / "g.onnx", "cpu")
+
+
+@pytest.mark.skipif(
+    Path("/proc/driver/nvidia").exists(), reason="this machine has an NVIDIA driver"
+)
+def test_cuda_without_a_gpu_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(16))
+    graph_with_weights_at("w.bin", tmp_path / "g.onnx")
+    with pytest.raises(ConfigurationError, match="could not use CUDA"):
+        open_session(tmp_path / "g.onnx", "cuda")
+    session, device = open_session(tmp_path / "g.onnx", "auto")
+    assert device == "cpu"
+    assert session.get_providers() == ["CPUExecutionProvider"]
