@@ -193,7 +193,7 @@ def test_tevatron_lines_without_query_id(tmp_path: Path) -> None:
 
 
 def test_tevatron_of_many_batches(tmp_path: Path) -> None:
-    chooser = random.Random(4)  # noqa: S311 (no secret)
+    chooser = random.Random(4)
     qids = [chooser.randrange(300) for _ in range(10_000)]
     path = write_lines(tmp_path / "1.jsonl", *(line(q, d) for d, q in enumerate(qids)))
     convert_tevatron([path], tmp_path / "out.parquet")
@@ -333,7 +333,7 @@ def test_beir_from_parquet(tmp_path: Path, beir: list[Path], keys: tuple[str, st
 
 
 def test_beir_run_of_many_batches(tmp_path: Path) -> None:
-    chooser = random.Random(6)  # noqa: S311 (no secret)
+    chooser = random.Random(6)
     write_lines(tmp_path / "queries.jsonl", *({"_id": n, "text": f"query {n}"} for n in range(90)))
     documents = ({"_id": n, "title": f"{n}", "text": f"text {n}"} for n in range(0, 6000, 2))
     write_lines(tmp_path / "corpus.jsonl", *documents)

@@ -70,7 +70,7 @@ def read_all(path: Path) -> list[CandidateList]:
 
 
 def scattered(n: int, seed: int) -> list[Row]:
-    chooser = random.Random(seed)  # noqa: S311 (no secret)
+    chooser = random.Random(seed)
     qids = [chooser.randrange(40) for _ in range(n)]
     return [
         {"qid": qid, "query": f"query {qid}", "docid": row, "text": f"text {seed} {row}"}
@@ -196,7 +196,7 @@ def test_rows_may_have_several_ranks_or_none(tmp_path: Path) -> None:
 
 def test_chunks_and_buckets_of_any_size(tmp_path: Path) -> None:
     n = 1000
-    ranks = random.Random(5).sample(range(n), n)  # noqa: S311 (no secret)
+    ranks = random.Random(5).sample(range(n), n)
     slots = slots_file(tmp_path / "slots.parquet", list(enumerate(ranks)))
     for chunk_bytes in (1, 100, 3000, 1 << 30):
         batches = (pa.record_batch({"x": list(range(i, i + 10))}) for i in range(0, n, 10))

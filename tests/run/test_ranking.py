@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -28,7 +29,7 @@ def test_every_evaluator_recovers_the_order(logits: list[float], tail: int) -> N
     ranking = rank(scored([*logits, *[None] * tail]))
     lines = [str(RunLine("q", e.docid, e.rank, e.score, "t")).split() for e in ranking.entries]
     printed = [np.float32(line[4]) for line in lines]
-    assert all(a > b for a, b in zip(printed, printed[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(printed))
     recovered = sorted(lines, key=lambda line: (np.float32(line[4]), line[2]), reverse=True)
     assert [line[2] for line in recovered] == [entry.docid for entry in ranking.entries]
     assert [entry.rank for entry in ranking.entries] == list(range(1, len(lines) + 1))

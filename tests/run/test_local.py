@@ -1,0 +1,760 @@
+"""Whole jobs on a tiny real bundle: what is published, and what never is."""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from dear_batch import Reranker
+from dear_batch.bundle import open_bundle
+from dear_batch.errors import DearBatchError, InputError, OutputError
+from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
+from dear_batch.pointwise.rows import Batch
+from dear_batch.pointwise.scorer import Scorer, open_scorer
+from dear_batch.run import blocks, local, plan
+from dear_batch.run.local import run_job
+from dear_batch.specs import ExecutionSpec, InputSpec, JobSpec, OutputSpec, PointwiseSpec
+from tests.conftest import collection_queries, collection_texts, tokenizer_of
+
+pytestmark = pytest.mark.model
+Make = Callable[..., Path]
+Row = dict[str, Any]
+PUBLISHED = {"plan.json", "report.json", "results.parquet", "run.trec"}
+SIZE = 12
+
+
+@cache
+def _rows() -> tuple[Row, ...]:
+    texts = collection_texts()
+    return tuple(
+        {
+            "qid": f"q{i}",
+            "query": query,
+            "candidates": [
+                {
+                    "docid": f"p{(5 * i + k) % len(texts)}",
+                    "title": f"Passage {k}" if k % 3 else None,
+                    "text": texts[(5 * i + k) % len(texts)],
+                    "score": 20.0 - 0.5 * k,
+                }
+                for k in range(SIZE)
+            ],
+        }
+        for i, query in enumerate(collection_queries())
+    )
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    """A list of `SIZE` real passages for each query of the example collection."""
+    return [{**row, "candidates": [*row["candidates"]]} for row in _rows()]
+
+
+CANDIDATE = pa.struct(
+    [("docid", pa.string()), ("title", pa.string()), ("text", pa.string()), ("score", pa.float64())]
+)
+SCHEMA = pa.schema(
+    [("qid", pa.string()), ("query", pa.string()), ("candidates", pa.list_(CANDIDATE))]
+)
+
+
+def nested(path: Path, rows: list[Row], **options: Any) -> str:
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, **options)
+    return str(path)
+
+
+def flattened(rows: list[Row]) -> list[Row]:
+    return [
+        {"qid": row["qid"], "query": row["query"], **candidate}
+        for row in rows
+        for candidate in row["candidates"]
+    ]
+
+
+def flat(path: Path, rows: list[Row], **options: Any) -> str:
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    return str(path)
+
+
+def job(bundle: Path, folder: Path, *paths: str) -> JobSpec:
+    return JobSpec(InputSpec(paths), PointwiseSpec(str(bundle)), OutputSpec(str(folder)))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def run_lines(path: Path) -> dict[str, list[tuple[str, float]]]:
+    """A TREC run, checked: (docid, score) of each query in the order that trec_eval recovers."""
+    lists: dict[str, list[tuple[str, float]]] = {}
+    text = path.read_text(encoding="utf-8")
+    assert text == "" or text.endswith("\n")
+    for line in text.splitlines():
+        qid, q0, docid, rank, score, tag = line.split(" ")
+        assert (q0, tag) == ("Q0", "dear-batch")
+        lists.setdefault(qid, []).append((docid, float(score)))
+        assert int(rank) == len(lists[qid])
+    for entries in lists.values():
+        scores = np.array([score for _, score in entries], np.float32)
+        assert np.isfinite(scores).all()
+        assert (np.diff(scores) < 0).all()
+        assert len({docid for docid, _ in entries}) == len(entries)
+    return lists
+
+
+def order(folder: Path, stem: str = "run") -> dict[str, list[str]]:
+    lists = run_lines(folder / f"{stem}.trec")
+    return {qid: [docid for docid, _ in entries] for qid, entries in lists.items()}
+
+
+def logits(folder: Path, name: str = "results.parquet") -> dict[tuple[str, str], float | None]:
+    results = pq.read_table(folder / name).to_pylist()
+    return {(row["qid"], row["docid"]): row["logit"] for row in results}
+
+
+def assert_same_ranking(one: Path, other: Path) -> None:
+    assert order(one) == order(other)
+    first, second = logits(one), logits(other)
+    assert first.keys() == second.keys()
+    for key, logit in first.items():
+        assert logit == pytest.approx(second[key], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def published(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a plain run over all queries."""
+    folder = tmp_path_factory.mktemp("published")
+    spec = job(bundle("llama31"), folder / "out", nested(folder / "in.parquet", list(_rows())))
+    run_job(spec)
+    return folder / "out"
+
+
+class Fixed:
+    """A scorer that gives one value to every pair whose document holds a text."""
+
+    def __init__(self, inner: Scorer, text: str, value: float) -> None:
+        self._inner, self._value = inner, value
+        self._text = text[:40]  # the rest may have been cut
+        self._tokenizer = tokenizer_of("llama31")
+        self.layout, self.engine, self.device = inner.layout, inner.engine, inner.device
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        scores_N = self._inner.score(batch)
+        for n, d in enumerate(batch.documents):
+            if self._text in self._tokenizer.decode(batch.pairs[d].document_ids.tolist()):
+                scores_N[n] = self._value
+        return scores_N
+
+
+class Failing:
+    """A scorer that works for some calls and then raises."""
+
+    def __init__(self, inner: Scorer, calls: int) -> None:
+        self._inner, self._left = inner, calls
+        self.layout, self.engine, self.device = inner.layout, inner.engine, inner.device
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("the device is gone")
+        return self._inner.score(batch)
+
+
+@contextmanager
+def scorer_wrapped(wrap: Callable[[Scorer], Scorer]) -> Iterator[None]:
+    """Jobs inside score with what `wrap` makes of the real scorer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "open_scorer", lambda *a, **k: wrap(open_scorer(*a, **k)))
+        yield
+
+
+# What is published.
+
+
+def test_the_run_holds_every_candidate_once(published: Path, rows: list[Row]) -> None:
+    lists = run_lines(published / "run.trec")
+    assert list(lists) == [row["qid"] for row in rows]
+    for row in rows:
+        found = {docid for docid, _ in lists[row["qid"]]}
+        assert found == {c["docid"] for c in row["candidates"]}
+    assert names(published) == PUBLISHED
+    assert names(published.parent) == {"in.parquet", "out"}  # no scratch folder
+
+
+def test_results_hold_the_logits_of_the_api(published: Path, bundle: Make, rows: list[Row]) -> None:
+    table = pq.read_table(published / "results.parquet")
+    assert table.schema.equals(RESULTS_SCHEMA)
+    assert table.schema.metadata[b"schema_version"] == b"1"
+    reranker = Reranker.load(bundle("llama31"))
+    found = logits(published)
+    for row in rows:
+        documents = [(c["title"] or "", c["text"]) for c in row["candidates"]]
+        scores = reranker.score(row["query"], documents)
+        assert np.std(scores) > 0.1
+        for candidate, score in zip(row["candidates"], scores, strict=True):
+            assert found[row["qid"], candidate["docid"]] == pytest.approx(score, abs=1e-4)
+
+
+def test_results_say_where_a_document_came_from(published: Path, rows: list[Row]) -> None:
+    results = pq.read_table(published / "results.parquet").to_pylist()
+    first = {
+        (row["qid"], c["docid"]): (k, c["score"])
+        for row in rows
+        for k, c in enumerate(row["candidates"], start=1)
+    }
+    assert {(r["qid"], r["docid"]): (r["first_rank"], r["first_score"]) for r in results} == first
+    lists = run_lines(published / "run.trec")
+    for r in results:
+        docid, score = lists[r["qid"]][r["rank"] - 1]
+        assert (docid, score) == (r["docid"], pytest.approx(r["logit"], rel=1e-6))
+    by_rank = [r["logit"] for r in results if r["qid"] == "q0"]
+    assert by_rank == sorted(by_rank, reverse=True)
+
+
+def test_the_report_counts_everything(published: Path, bundle: Make, rows: list[Row]) -> None:
+    report = json.loads((published / "report.json").read_text())
+    n, m = len(rows), len(rows) * SIZE
+    assert report["schema_version"] == 1
+    assert report["status"] == "ok"
+    assert report["queries"] == {"read": n, "written": n, "quarantined": 0}
+    assert report["candidates"] == {"read": m, "written": m, "quarantined": 0}
+    assert report["quarantine_reasons"] == {}
+    assert report["scored_pairs"] == m
+    assert report["outputs"] == ["run.trec"]
+    assert report["bundle_sha256"] == open_bundle(bundle("llama31")).sha256
+    assert (report["engine"], report["precision"]) == ("onnxruntime", "fp32")
+    assert report["tokens"] > 50 * m
+    assert report["tokens_per_second"] > 0
+    assert 0 <= report["padding_share"] < 1
+    stages = {"plan", "load", "wait_for_reader", "score", "write", "total"}
+    assert set(report["seconds"]) == stages
+    parts = sum(report["seconds"][stage] for stage in stages - {"total"})
+    assert parts <= report["seconds"]["total"] + 0.01
+
+
+def test_progress_ends_at_the_number_of_queries(
+    bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "ENCODE_LISTS", 2)
+    monkeypatch.setattr(blocks, "BLOCK_PAIRS", 2 * SIZE)
+    calls: list[tuple[int, int]] = []
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:5]))
+    run_job(spec, lambda done, total: calls.append((done, total)))
+    assert calls == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_equal_scores_keep_first_stage_order_and_are_written_apart(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    """Traps 4 and 17: trec_eval would order tied documents by docid, descending."""
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:2]))
+    with scorer_wrapped(lambda inner: Fixed(inner, "", 1.5)):
+        run_job(spec)
+    assert order(tmp_path / "out") == {
+        row["qid"]: [c["docid"] for c in row["candidates"]] for row in rows[:2]
+    }
+    assert set(logits(tmp_path / "out").values()) == {1.5}
+
+
+def test_the_tag_is_the_last_column(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:1]))
+    run_job(replace(spec, output=replace(spec.output, tag="mine-2")))
+    lines = (tmp_path / "out" / "run.trec").read_text().splitlines()
+    assert {line.split()[-1] for line in lines} == {"mine-2"}
+
+
+# The same bytes, or the same ranking.
+
+
+def test_the_same_job_gives_the_same_bytes(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    run_job(job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows)))
+    for name in ("run.trec", "results.parquet"):
+        assert (tmp_path / "out" / name).read_bytes() == (published / name).read_bytes()
+
+
+def test_row_groups_do_not_matter(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    path = nested(tmp_path / "in.parquet", rows, row_group_size=3, compression="none")
+    run_job(job(bundle("llama31"), tmp_path / "out", path))
+    assert (tmp_path / "out" / "run.trec").read_bytes() == (published / "run.trec").read_bytes()
+
+
+def test_shards_and_blocks_move_scores_by_rounding_only(
+    published: Path,
+    bundle: Make,
+    tmp_path: Path,
+    rows: list[Row],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "SHARD_BYTES", 8000)
+    monkeypatch.setattr(blocks, "ENCODE_LISTS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_PAIRS", SIZE)
+    path = nested(tmp_path / "in.parquet", rows, row_group_size=2)
+    run_job(job(bundle("llama31"), tmp_path / "out", path))
+    planned = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert len(planned["outputs"][0]["shards"]) > 3
+    assert_same_ranking(tmp_path / "out", published)
+
+
+def test_a_rerun_into_the_same_folder_gives_the_same_files(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
+    run_job(spec)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED}
+    run_job(spec)
+    assert names(tmp_path / "out") == PUBLISHED
+    for name in PUBLISHED - {"report.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == before[name]
+
+
+def test_nested_flat_and_scattered_inputs_give_the_same_ranking(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    contiguous = flattened(rows)
+    # All first candidates, then all second ones …
+    scattered = [row for k in range(SIZE) for row in contiguous[k::SIZE]]
+    paths = {
+        "flat": [flat(tmp_path / "flat.parquet", contiguous, row_group_size=50)],
+        "scattered": [flat(tmp_path / "s.parquet", scattered, row_group_size=50)],
+        "files": [
+            flat(tmp_path / "1.parquet", scattered[:60]),
+            flat(tmp_path / "2.parquet", scattered[60:]),
+        ],
+    }
+    for name, inputs in paths.items():
+        run_job(job(bundle("llama31"), tmp_path / name, *inputs))
+        assert names(tmp_path / name) == PUBLISHED
+        assert_same_ranking(tmp_path / name, published)
+    planned = {n: json.loads((tmp_path / n / "plan.json").read_text()) for n in paths}
+    regrouped = {name: fields["outputs"][0]["regrouped"] for name, fields in planned.items()}
+    assert regrouped == {"flat": False, "scattered": True, "files": True}
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def test_integer_ids_are_written_as_text(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+    table = pa.Table.from_pylist(flattened(rows[:1])).drop_columns(["qid", "docid"])
+    numbered = table.append_column("qid", pa.array([7] * SIZE))
+    numbered = numbered.append_column("docid", pa.array(range(SIZE), pa.int32()))
+    pq.write_table(numbered, tmp_path / "in.parquet")
+    run_job(job(bundle("llama31"), tmp_path / "out", str(tmp_path / "in.parquet")))
+    (docids,) = order(tmp_path / "out").values()
+    assert sorted(docids, key=int) == [str(i) for i in range(SIZE)]
+
+
+# Several inputs.
+
+
+def test_two_inputs_make_one_run(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    paths = [nested(tmp_path / "1.parquet", rows[:5]), nested(tmp_path / "2.parquet", rows[5:])]
+    report = run_job(job(bundle("llama31"), tmp_path / "out", *paths))
+    assert_same_ranking(tmp_path / "out", published)
+    assert list(order(tmp_path / "out")) == [row["qid"] for row in rows]
+    assert report["inputs"] == paths
+    assert names(tmp_path / "out") == PUBLISHED
+
+
+def test_one_run_an_input(published: Path, bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+    paths = [nested(tmp_path / "1.parquet", rows[:5]), nested(tmp_path / "2.parquet", rows[3:])]
+    spec = job(bundle("llama31"), tmp_path / "out", *paths)
+    report = run_job(replace(spec, output=replace(spec.output, run_per_input=True)))
+    results = {"1.trec", "1.results.parquet", "2.trec", "2.results.parquet"}
+    assert names(tmp_path / "out") == results | {"plan.json", "report.json"}
+    assert report["outputs"] == ["1.trec", "2.trec"]
+    # A qid in both is no repeat here.
+    assert report["queries"] == {"read": len(rows) + 2, "written": len(rows) + 2, "quarantined": 0}
+    whole = order(published)
+    assert order(tmp_path / "out", "1") == {row["qid"]: whole[row["qid"]] for row in rows[:5]}
+    assert order(tmp_path / "out", "2") == {row["qid"]: whole[row["qid"]] for row in rows[3:]}
+    assert len(logits(tmp_path / "out", "1.results.parquet")) == 5 * SIZE
+
+
+# Depth and interpolation.
+
+
+def test_below_the_depth_first_stage_order_stays(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows))
+    report = run_job(replace(spec, pointwise=replace(spec.pointwise, depth=4)))
+    assert report["scored_pairs"] == 4 * len(rows)
+    assert report["candidates"]["written"] == SIZE * len(rows)
+    found, whole, scores = order(tmp_path / "out"), logits(published), logits(tmp_path / "out")
+    for row in rows:
+        qid, docids = row["qid"], [c["docid"] for c in row["candidates"]]
+        head = sorted(docids[:4], key=lambda docid, qid=qid: -whole[qid, docid])
+        assert found[qid] == head + docids[4:]
+        assert [scores[qid, docid] for docid in docids[4:]] == [None] * (SIZE - 4)
+        for docid in head:
+            assert scores[qid, docid] == pytest.approx(whole[qid, docid], abs=1e-5)
+
+
+def test_interpolation_mixes_z_scores(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows))
+    run_job(replace(spec, pointwise=replace(spec.pointwise, interpolate=0.5)))
+    whole, found = logits(published), run_lines(tmp_path / "out" / "run.trec")
+    for row in rows:
+        docids = [c["docid"] for c in row["candidates"]]
+        mixed = 0.5 * z([whole[row["qid"], docid] for docid in docids])
+        mixed += 0.5 * z([c["score"] for c in row["candidates"]])
+        written = dict(found[row["qid"]])
+        np.testing.assert_allclose([written[docid] for docid in docids], mixed, atol=1e-5)
+    assert logits(tmp_path / "out") == whole
+
+
+def z(values: list[Any]) -> NDArray[np.float64]:
+    array = np.array(values, np.float64)
+    return (array - array.mean()) / array.std()
+
+
+def test_with_no_weight_on_the_logits_the_first_stage_stays(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:4]))
+    run_job(replace(spec, pointwise=replace(spec.pointwise, interpolate=0.0)))
+    expected = {row["qid"]: [c["docid"] for c in row["candidates"]] for row in rows[:4]}
+    assert order(tmp_path / "out") == expected
+
+
+def test_interpolation_refuses_a_missing_first_stage_score(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    rows[3]["candidates"][5] = {**rows[3]["candidates"][5], "score": None}
+    path = nested(tmp_path / "in.parquet", rows)
+    spec = job(bundle("llama31"), tmp_path / "out", path)
+    weighted = replace(spec, pointwise=replace(spec.pointwise, interpolate=0.5))
+    assert_nothing_published(weighted, InputError, r"row 3, qid q3, docid p20")
+
+
+# Quarantine.
+
+
+def bad_rows(rows: list[Row]) -> list[Row]:
+    """Row 1 and on, one fault of the issue each; rows 0 and 12 are whole."""
+    bad = [dict(row) for row in rows[:13]]
+    bad[1]["candidates"] = []
+    bad[2]["query"] = None
+    bad[3]["query"] = " "
+    bad[4]["qid"] = "white space"
+    bad[5]["qid"] = None
+    bad[6]["candidates"] = [{**c, "text": None} for c in rows[6]["candidates"]]
+    bad[7]["candidates"] = changed(rows[7], 3, text=None)
+    bad[8]["candidates"] = changed(rows[8], 4, docid=rows[8]["candidates"][0]["docid"])
+    bad[9]["candidates"] = changed(rows[9], 5, docid="white\tspace")
+    bad[10]["candidates"] = changed(rows[10], 6, text="", title=None)
+    bad[11]["candidates"] = changed(rows[11], 7, text="", title="A title alone")
+    return bad
+
+
+def changed(row: Row, at: int, **fields: Any) -> list[Row]:
+    return [{**c, **fields} if k == at else c for k, c in enumerate(row["candidates"])]
+
+
+def test_bad_rows_are_set_aside_and_the_rest_is_reranked(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    first = nested(tmp_path / "1.parquet", bad_rows(rows), row_group_size=4)
+    second = nested(tmp_path / "2.parquet", [{**rows[13], "qid": "q0"}, rows[13]])
+    report = run_job(job(bundle("llama31"), tmp_path / "out", first, second))
+
+    table = pq.read_table(tmp_path / "out" / "quarantine.parquet")
+    assert table.schema.equals(QUARANTINE_SCHEMA)
+    assert table.schema.metadata[b"schema_version"] == b"1"
+    ids = [[c["docid"] for c in row["candidates"]] for row in rows]
+    kinds = ("path", "row", "reason", "qid", "docid", "candidates")
+    assert [tuple(r[kind] for kind in kinds) for r in table.to_pylist()] == [
+        (first, 1, "empty_list", "q1", None, 0),
+        (first, 2, "empty_query", "q2", None, SIZE),
+        (first, 3, "empty_query", "q3", None, SIZE),
+        (first, 4, "bad_qid", "white space", None, SIZE),
+        (first, 5, "bad_qid", None, None, SIZE),
+        *((first, 6, "null_text", "q6", docid, 1) for docid in ids[6]),
+        (first, 6, "no_valid_candidates", "q6", None, 0),
+        (first, 7, "null_text", "q7", ids[7][3], 1),
+        (first, 8, "duplicate_docid", "q8", ids[8][0], 1),
+        (first, 9, "bad_docid", "q9", "white\tspace", 1),
+        (first, 10, "empty_text", "q10", ids[10][6], 1),
+        (second, 0, "duplicate_qid", "q0", None, SIZE),
+    ]
+    assert all(table.column("detail").to_pylist())
+
+    whole, found = order(published), order(tmp_path / "out")
+    assert list(found) == ["q0", "q7", "q8", "q9", "q10", "q11", "q12", "q13"]
+    for qid, at in (("q7", 3), ("q8", 4), ("q9", 5), ("q10", 6)):
+        gone = ids[int(qid[1:])][at]
+        assert found[qid] == [docid for docid in whole[qid] if docid != gone]
+    assert set(found["q11"]) == set(whole["q11"])  # an empty text with a title is scored
+    for qid in ("q0", "q12", "q13"):
+        assert found[qid] == whole[qid]
+    # Ranks and scores of the first stage are those of the input, gaps included.
+    results = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert sorted(r["first_rank"] for r in results if r["qid"] == "q7") == [1, 2, 3, *range(5, 13)]
+
+    assert report["queries"] == {"read": 15, "written": 8, "quarantined": 7}
+    written = 8 * SIZE - 4
+    set_aside = 6 * SIZE + 4
+    assert report["candidates"] == {
+        "read": written + set_aside,
+        "written": written,
+        "quarantined": set_aside,
+    }
+    assert written + set_aside == sum(len(r["candidates"]) for r in bad_rows(rows)) + 2 * SIZE
+    assert report["quarantine_reasons"] == {
+        "bad_docid": 1,
+        "bad_qid": 2,
+        "duplicate_docid": 1,
+        "duplicate_qid": 1,
+        "empty_list": 1,
+        "empty_query": 2,
+        "empty_text": 1,
+        "no_valid_candidates": 1,
+        "null_text": SIZE + 1,
+    }
+    assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
+
+
+def test_a_flat_query_under_two_texts_keeps_the_first(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    candidates = flattened(rows[:2])
+    candidates[4]["query"] = "another text"
+    path = flat(tmp_path / "in.parquet", candidates)
+    report = run_job(job(bundle("llama31"), tmp_path / "out", path))
+    (refusal,) = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    assert (refusal["reason"], refusal["row"], refusal["qid"]) == ("duplicate_qid", 4, "q0")
+    assert report["candidates"] == {
+        "read": 2 * SIZE,
+        "written": 2 * SIZE - 1,
+        "quarantined": 1,
+    }
+
+
+def test_regrouped_refusals_name_the_inputs_but_no_row(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    candidates = flattened(rows[:2])[::-1]
+    candidates[3]["text"] = None
+    scattered = candidates[::2] + candidates[1::2]
+    path = flat(tmp_path / "in.parquet", scattered)
+    run_job(job(bundle("llama31"), tmp_path / "out", path))
+    (refusal,) = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    assert (refusal["path"], refusal["row"]) == (path, None)
+    assert (refusal["reason"], refusal["docid"]) == ("null_text", candidates[3]["docid"])
+
+
+def test_a_clean_rerun_removes_an_old_quarantine(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:2]))
+    target = rows[1]["candidates"][2]["text"]
+    with scorer_wrapped(lambda inner: Fixed(inner, target, math.nan)):
+        run_job(spec)
+    assert "quarantine.parquet" in names(tmp_path / "out")
+    run_job(spec)
+    assert names(tmp_path / "out") == PUBLISHED
+
+
+def test_a_job_of_which_nothing_is_left_ends_well(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    path = nested(tmp_path / "in.parquet", [{**rows[0], "query": ""}])
+    report = run_job(job(bundle("llama31"), tmp_path / "out", path))
+    assert report["queries"] == {"read": 1, "written": 0, "quarantined": 1}
+    assert report["tokens_per_second"] is None or report["tokens"] == 0
+    assert (tmp_path / "out" / "run.trec").read_text() == ""
+    assert pq.read_table(tmp_path / "out" / "results.parquet").schema.equals(RESULTS_SCHEMA)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_no_numbers_are_set_aside_and_never_written(
+    value: float, published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    """Trap 10: NaN mis-ranks silently in every evaluator."""
+    target = rows[2]["candidates"][5]
+    path = nested(tmp_path / "in.parquet", rows)
+    with scorer_wrapped(lambda inner: Fixed(inner, target["text"], value)):
+        report = run_job(job(bundle("llama31"), tmp_path / "out", path))
+    holders = [r["qid"] for r in rows if target["docid"] in {c["docid"] for c in r["candidates"]}]
+    refusals = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    kinds = ("reason", "path", "qid", "docid", "candidates")
+    assert [tuple(r[kind] for kind in kinds) for r in refusals] == [
+        ("non_finite_score", path, qid, target["docid"], 1) for qid in holders
+    ]
+    assert "q2" in holders
+    gone = {(qid, target["docid"]) for qid in holders}
+    whole = order(published)
+    assert order(tmp_path / "out") == {
+        qid: [docid for docid in docids if (qid, docid) not in gone]
+        for qid, docids in whole.items()
+    }
+    assert report["candidates"]["quarantined"] == len(holders)
+    assert report["candidates"]["read"] == SIZE * len(rows)
+    assert report["queries"]["written"] == len(rows)
+
+
+def test_a_list_of_nan_alone_is_set_aside_as_a_whole(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:2]))
+    with scorer_wrapped(lambda inner: Fixed(inner, "", math.nan)):
+        report = run_job(replace(spec, pointwise=replace(spec.pointwise, depth=3)))
+    assert report["queries"] == {"read": 2, "written": 0, "quarantined": 2}
+    assert report["candidates"] == {"read": 2 * SIZE, "written": 0, "quarantined": 2 * SIZE}
+    assert report["quarantine_reasons"] == {"no_valid_candidates": 2, "non_finite_score": 6}
+    assert (tmp_path / "out" / "run.trec").read_text() == ""
+
+
+def test_long_passages_are_cut_and_counted(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+    short = [{"docid": f"s{k}", "title": "", "text": f"text {k}", "score": 1.0} for k in range(3)]
+    long = [
+        {**short[0], "docid": f"l{k}", "text": " ".join(collection_texts()[k : k + 9])}
+        for k in range(6)
+    ]
+    row = {**rows[0], "query": "who?", "candidates": short + long}
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", [row]))
+    report = run_job(spec)
+    assert report["truncated_pairs"] == len(long)
+    assert report["candidates"]["written"] == len(short) + len(long)
+
+
+# Failures leave nothing.
+
+
+def assert_nothing_published(spec: JobSpec, kind: type[Exception], match: str) -> None:
+    folder = Path(spec.output.folder)
+    before = names(folder.parent)
+    with pytest.raises(kind, match=match) as caught:
+        run_job(spec)
+    assert names(folder.parent) <= before | {folder.name}
+    if folder.exists():
+        assert names(folder) <= {"plan.json"}
+    assert not [t for t in threading.enumerate() if t.name.startswith("dear-batch")]
+    if isinstance(caught.value, DearBatchError):
+        assert caught.value.where
+
+
+@pytest.mark.parametrize("calls", [0, 7])
+def test_a_failure_while_scoring_publishes_nothing(
+    calls: int, bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "ENCODE_LISTS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_PAIRS", 1)  # earlier blocks are written before it fails
+    rows[0]["candidates"][0] = {**rows[0]["candidates"][0], "text": None}
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows))
+    with scorer_wrapped(lambda inner: Failing(inner, calls)):
+        assert_nothing_published(spec, RuntimeError, "the device is gone")
+    run_job(spec)  # and the same command works once the device is back
+    assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
+
+
+def test_a_failed_rerun_leaves_the_old_run(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:4]))
+    run_job(spec)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED}
+    with (
+        scorer_wrapped(lambda inner: Failing(inner, 1)),
+        pytest.raises(RuntimeError, match="the device is gone"),
+    ):
+        run_job(spec)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED} == before
+    assert names(tmp_path / "out") == PUBLISHED
+
+
+def test_a_damaged_page_in_the_middle_publishes_nothing(
+    bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 20: found by the reader thread while the first rows are being scored."""
+    monkeypatch.setattr(blocks, "ENCODE_LISTS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_PAIRS", 1)
+    options = {"row_group_size": 1, "write_page_checksum": True, "use_dictionary": False}
+    path = nested(tmp_path / "in.parquet", rows, **options)
+    raw = bytearray(Path(path).read_bytes())
+    chunk = pq.ParquetFile(path).metadata.row_group(9).column(4)
+    assert chunk.path_in_schema.endswith("text")
+    raw[chunk.data_page_offset + chunk.total_compressed_size - 20] ^= 1
+    Path(path).write_bytes(raw)
+    spec = job(bundle("llama31"), tmp_path / "out", path)
+    assert_nothing_published(spec, InputError, r"row group 9")
+
+
+def test_a_foreign_folder_is_refused_before_any_work(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows))
+    with pytest.raises(OutputError, match="not ours"):
+        run_job(spec)
+    assert names(tmp_path / "out") == {"notes.txt"}
+
+
+def test_an_output_below_a_file_is_refused(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+    path = nested(tmp_path / "in.parquet", rows)
+    with pytest.raises(OutputError):
+        run_job(job(bundle("llama31"), Path(path) / "out", path))
+
+
+def test_a_refused_job_makes_no_folders(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        run_job(job(tmp_path / "no-bundle", tmp_path / "a" / "b", str(tmp_path / "no.parquet")))
+    assert names(tmp_path) == set()
+
+
+# Engines and recipes.
+
+
+def test_pytorch_gives_the_same_ranking(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows))
+    report = run_job(replace(spec, execution=ExecutionSpec(engine="torch")))
+    assert (report["engine"], report["row_tokens"]) == ("torch", None)
+    assert order(tmp_path / "out") == order(published)
+    first, second = logits(tmp_path / "out"), logits(published)
+    assert max(abs(first[key] - second[key]) for key in first) <= 1e-4
+
+
+def test_budgets_of_the_spec_are_used(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows))
+    budgets = ExecutionSpec(row_tokens=256, batch_tokens=1024)
+    report = run_job(replace(spec, execution=budgets))
+    assert (report["row_tokens"], report["batch_tokens"]) == (256, 1024)
+    assert 0 < report["padding_share"] < 0.5
+    assert_same_ranking(tmp_path / "out", published)
+
+
+def test_final_position_pooling_runs_unpacked(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    folder = bundle("llama31", recipe="paper-script", pooling="final-position")
+    report = run_job(job(folder, tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3])))
+    assert report["row_tokens"] is None
+    lengths = report["tokens"] / (1 - report["padding_share"])
+    assert lengths == pytest.approx(228 * 3 * SIZE)
+    scores = Reranker.load(folder).score(
+        rows[0]["query"], [(c["title"] or "", c["text"]) for c in rows[0]["candidates"]]
+    )
+    found = logits(tmp_path / "out")
+    for candidate, score in zip(rows[0]["candidates"], scores, strict=True):
+        assert found["q0", candidate["docid"]] == pytest.approx(score, abs=1e-4)
+    run_lines(tmp_path / "out" / "run.trec")

@@ -1,0 +1,363 @@
+"""What is read, where it is cut, and whose output folder it is; no model loads."""
+
+import itertools
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dear_batch.data import Shard
+from dear_batch.errors import ConfigurationError, InputError, OutputError, UsageError
+from dear_batch.files.parquet import RowReader, open_input
+from dear_batch.run import plan
+from dear_batch.run.plan import check_folder, claim_folder, cut, expand, plan_job
+from dear_batch.specs import InputSpec, JobSpec, OutputSpec, PointwiseSpec
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=40)
+
+
+def flat(
+    path: Path,
+    qids: list[str | None],
+    *,
+    rows_a_group: int | None = None,
+    with_score: bool = True,
+) -> str:
+    """A flat file with a row for each qid; docids number the rows."""
+    columns: dict[str, Any] = {
+        "qid": pa.array(qids, pa.string()),
+        "query": [f"query {qid}" for qid in qids],
+        "docid": [f"d{i}" for i in range(len(qids))],
+        "text": ["some text"] * len(qids),
+    }
+    if with_score:
+        columns["score"] = [float(-i) for i in range(len(qids))]
+    pq.write_table(pa.table(columns), path, row_group_size=rows_a_group)
+    return str(path)
+
+
+def nested(
+    path: Path, qids: list[str], *, rows_a_group: int | None = None, with_score: bool = True
+) -> str:
+    """A nested file of lists of one candidate."""
+    candidate = {"docid": "d", "text": "some text"} | ({"score": 1.0} if with_score else {})
+    columns = {"qid": qids, "query": ["query"] * len(qids), "candidates": [[candidate]] * len(qids)}
+    pq.write_table(pa.table(columns), path, row_group_size=rows_a_group)
+    return str(path)
+
+
+def job(
+    *paths: str, folder: str = "out", interpolate: float = 1.0, run_per_input: bool = False
+) -> JobSpec:
+    return JobSpec(
+        InputSpec(paths),
+        PointwiseSpec("bundle", interpolate=interpolate),
+        OutputSpec(folder, run_per_input=run_per_input),
+    )
+
+
+# Paths and globs.
+
+
+def test_a_glob_gives_its_files_sorted_and_each_once(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a.parquet", "c.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "d.parquet").touch()
+    a, b, d = (str(tmp_path / name) for name in ("a.parquet", "b.parquet", "deep/d.parquet"))
+    assert expand([str(tmp_path / "*.parquet")]) == [a, b]
+    assert expand([b, str(tmp_path / "*.parquet")]) == [b, a]
+    assert sorted(expand([str(tmp_path / "**" / "*.parquet")])) == [a, b, d]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "a[1].parquet").touch()
+    (tmp_path / "a1.parquet").touch()
+    assert expand([str(tmp_path / "a[1].parquet")]) == [str(tmp_path / "a[1].parquet")]
+
+
+def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    pattern = str(tmp_path / "*.parquet")
+    with pytest.raises(InputError, match=r"No file matches .*\*\.parquet") as caught:
+        expand([pattern])
+    assert caught.value.where
+
+
+# Shards.
+
+
+def shards_of(path: str, shard_bytes: int) -> list[Shard]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "SHARD_BYTES", shard_bytes)
+        return list(cut(open_input(path)))
+
+
+def check_shards(path: str, starts: list[int], n_rows: int, shard_bytes: int) -> None:
+    """Shards follow each other over the whole file, and every one begins at a query."""
+    shards = shards_of(path, shard_bytes)
+    assert [s.first_row for s in shards] == [
+        0,
+        *itertools.accumulate(s.n_rows for s in shards[:-1]),
+    ]
+    assert sum(s.n_rows for s in shards) == n_rows
+    for shard in shards:
+        inside = [s for s in starts if shard.first_row <= s < shard.first_row + shard.n_rows]
+        assert inside[0] == shard.first_row
+        assert shard.n_queries == len(inside)
+    assert len({s.key for s in shards}) == len(shards)
+    target = max(1, shard_bytes // open_input(path).row_bytes)
+    assert all(s.n_rows >= target for s in shards[:-1])
+    # A shard goes over the target by less than its last query.
+    longest = max(b - a for a, b in itertools.pairwise([*starts, n_rows]))
+    assert all(s.n_rows < target + longest for s in shards)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, st.integers(1, 400), st.integers(1, 50))
+def test_flat_shards_are_cut_at_query_boundaries(
+    sizes: list[int], shard_bytes: int, rows_a_group: int
+) -> None:
+    qids: list[str | None] = [f"q{i}" for i, size in enumerate(sizes) for _ in range(size)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = flat(Path(folder) / "in.parquet", qids, rows_a_group=rows_a_group)
+        starts = [0, *itertools.accumulate(sizes[:-1])]
+        check_shards(path, starts, len(qids), shard_bytes)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 1000), st.integers(1, 50))
+def test_nested_shards_hold_whole_rows(rows: int, shard_bytes: int, rows_a_group: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        qids = [f"q{i}" for i in range(rows)]
+        path = nested(Path(folder) / "in.parquet", qids, rows_a_group=rows_a_group)
+        check_shards(path, list(range(rows)), rows, shard_bytes)
+
+
+def test_a_small_file_is_one_shard(tmp_path: Path) -> None:
+    (shard,) = cut(open_input(flat(tmp_path / "in.parquet", ["a", "a", "b"])))
+    assert (shard.first_row, shard.n_rows, shard.n_queries) == (0, 3, 2)
+
+
+def test_shard_keys_are_unique_in_a_job(tmp_path: Path) -> None:
+    """Two inputs of one name in two folders; parts and commits are named after the key."""
+    for day in ("monday", "tuesday"):
+        (tmp_path / day).mkdir()
+    paths = [nested(tmp_path / day / "in.parquet", [day]) for day in ("monday", "tuesday")]
+    planned = plan_job(job(*paths), tmp_path)
+    keys = [shard.key for shards in planned.outputs[0].shards for shard in shards]
+    assert len(set(keys)) == 2
+
+
+# Sources: streamed, or regrouped first.
+
+
+def lists_of(path: str) -> dict[str | None, list[str]]:
+    file = open_input(path)
+    with RowReader(file) as reader:
+        return {i.qid: [c.docid for c in i.candidates] for i in reader.read(0, file.n_rows)}
+
+
+def test_contiguous_flat_files_are_streamed_as_they_are(tmp_path: Path) -> None:
+    first = flat(tmp_path / "1.parquet", ["a", "a", "b"], rows_a_group=1)
+    second = flat(tmp_path / "2.parquet", ["c", None, "d", None, "d2"])
+    (output,) = plan_job(job(first, second), tmp_path).outputs
+    assert [source.file.path for source in output.sources] == [first, second]
+    assert [source.name for source in output.sources] == [first, second]
+    assert not any(source.regrouped for source in output.sources)
+    assert output.n_queries == 2 + 5  # rows without a qid are runs as well
+
+
+def test_scattered_flat_rows_are_regrouped(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    path = flat(tmp_path / "in.parquet", ["a", "b", "a", "c", "b"])
+    (output,) = plan_job(job(path), scratch).outputs
+    (source,) = output.sources
+    assert source.regrouped
+    assert source.name == path
+    assert Path(source.file.path).parent == scratch
+    assert lists_of(source.file.path) == {"a": ["d0", "d2"], "b": ["d1", "d4"], "c": ["d3"]}
+    assert output.n_queries == 3
+
+
+def test_a_query_that_goes_on_in_the_next_file_is_regrouped(tmp_path: Path) -> None:
+    paths = [flat(tmp_path / "1.parquet", ["a", "b"]), flat(tmp_path / "2.parquet", ["b", "c"])]
+    (output,) = plan_job(job(*paths), tmp_path).outputs
+    assert [source.regrouped for source in output.sources] == [True]
+    assert output.sources[0].name == ", ".join(paths)
+    assert lists_of(output.sources[0].file.path) == {"a": ["d0"], "b": ["d1", "d0"], "c": ["d1"]}
+
+
+def test_of_a_qid_in_several_nested_rows_the_first_is_known(tmp_path: Path) -> None:
+    first = nested(tmp_path / "1.parquet", ["a", "b", "a"])
+    second = nested(tmp_path / "2.parquet", ["c", "b", "d", "d"])
+    (output,) = plan_job(job(first, second), tmp_path).outputs
+    assert [source.first_rows for source in output.sources] == [
+        {"a": 0, "b": 1, "d": None},
+        {"a": None, "b": None, "d": 2},
+    ]
+
+
+def test_planning_leaves_nothing_but_regrouped_files(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    path = nested(tmp_path / "in.parquet", ["a"])
+    plan_job(job(path), scratch)
+    assert list(scratch.iterdir()) == []
+    assert {p.name for p in tmp_path.iterdir()} == {"in.parquet", "scratch"}
+
+
+# One run, or one an input.
+
+
+def test_one_run_for_all_inputs(tmp_path: Path) -> None:
+    paths = [nested(tmp_path / "1.parquet", ["a"]), nested(tmp_path / "2.parquet", ["b"])]
+    (output,) = plan_job(job(*paths), tmp_path).outputs
+    assert (output.stem, output.n_queries, len(output.sources)) == ("run", 2, 2)
+
+
+def test_one_run_an_input_knows_no_repeats_of_other_inputs(tmp_path: Path) -> None:
+    paths = [nested(tmp_path / "1.parquet", ["a", "b"]), nested(tmp_path / "2.parquet", ["a"])]
+    outputs = plan_job(job(*paths, run_per_input=True), tmp_path).outputs
+    assert [output.stem for output in outputs] == ["1", "2"]
+    assert [output.n_queries for output in outputs] == [2, 1]
+    assert [source.first_rows for output in outputs for source in output.sources] == [{}, {}]
+
+
+def test_one_run_an_input_needs_different_names(tmp_path: Path) -> None:
+    for day in ("monday", "tuesday"):
+        (tmp_path / day).mkdir()
+    paths = [nested(tmp_path / day / "in.parquet", [day]) for day in ("monday", "tuesday")]
+    with pytest.raises(UsageError, match="same file name") as caught:
+        plan_job(job(*paths, run_per_input=True), tmp_path)
+    assert caught.value.where == "in"
+    assert len(plan_job(job(*paths), tmp_path).outputs) == 1
+
+
+# Inputs that do not go together.
+
+
+def test_mixed_layouts_are_refused(tmp_path: Path) -> None:
+    paths = [nested(tmp_path / "n.parquet", ["a"]), flat(tmp_path / "f.parquet", ["b"])]
+    with pytest.raises(InputError, match="layout") as caught:
+        plan_job(job(*paths), tmp_path)
+    assert paths[0] in caught.value.where
+    assert paths[1] in caught.value.where
+
+
+@pytest.mark.parametrize("write", [flat, nested])
+def test_interpolation_needs_a_score_column(write: Any, tmp_path: Path) -> None:
+    good = write(tmp_path / "good.parquet", ["a"])
+    bad = write(tmp_path / "bad.parquet", ["b"], with_score=False)
+    with pytest.raises(InputError, match="Interpolation") as caught:
+        plan_job(job(good, bad, interpolate=0.5), tmp_path)
+    assert "bad.parquet" in caught.value.where
+    assert "good.parquet" not in caught.value.where
+    assert plan_job(job(good, bad), tmp_path).outputs
+
+
+def test_every_input_is_opened_before_anything_is_scored(tmp_path: Path) -> None:
+    good = nested(tmp_path / "a.parquet", ["a"])
+    bad = tmp_path / "b.parquet"
+    bad.write_bytes(Path(good).read_bytes()[:-20])
+    with pytest.raises(InputError, match="is cut"):
+        plan_job(job(good, str(bad)), tmp_path)
+
+
+# The output folder.
+
+
+def test_new_and_empty_folders_are_taken(tmp_path: Path) -> None:
+    check_folder(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    check_folder(tmp_path / "empty")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(OutputError, match=r"no plan\.json") as caught:
+        check_folder(tmp_path)
+    assert caught.value.exit_code == 73
+    assert caught.value.where == "thesis.tex"
+    assert caught.value.next_step
+
+
+def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match="is a file") as caught:
+        check_folder(tmp_path / "out")
+    assert caught.value.exit_code == 73
+
+
+def claim(tmp_path: Path, spec: JobSpec, bundle_sha256: str = "0" * 64) -> None:
+    claim_folder(tmp_path / "out", plan_job(spec, tmp_path), spec, bundle_sha256)
+
+
+def test_the_same_job_may_come_again(tmp_path: Path) -> None:
+    spec = job(nested(tmp_path / "in.parquet", ["a"]), folder=str(tmp_path / "out"))
+    claim(tmp_path, spec)
+    written = (tmp_path / "out" / "plan.json").read_bytes()
+    (tmp_path / "out" / "run.trec").touch()
+    check_folder(tmp_path / "out")
+    claim(tmp_path, spec)
+    assert (tmp_path / "out" / "plan.json").read_bytes() == written
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"plan.json", "run.trec"}
+
+
+def test_the_plan_says_what_decides_the_output(tmp_path: Path) -> None:
+    path = nested(tmp_path / "in.parquet", ["a", "b"])
+    claim(tmp_path, job(path, folder=str(tmp_path / "out")))
+    fields = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert fields["schema_version"] == 1
+    assert fields["bundle_sha256"] == "0" * 64
+    assert fields["spec"]["pointwise"]["bundle"] == "bundle"
+    (described,) = fields["inputs"]
+    assert (described["path"], described["rows"]) == (path, 2)
+    assert described["bytes"] == Path(path).stat().st_size
+    (output,) = fields["outputs"]
+    assert (output["stem"], output["queries"], output["regrouped"]) == ("run", 2, False)
+    assert len(output["shards"]) == 1
+
+
+@pytest.mark.parametrize("changed", ["bundle", "setting", "rows", "mtime", "shards", "garbage"])
+def test_another_jobs_folder_is_refused(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = nested(tmp_path / "in.parquet", ["a", "b"])
+    out = str(tmp_path / "out")
+    claim(tmp_path, job(path, folder=out))
+    spec, sha256, plan_json = job(path, folder=out), "0" * 64, tmp_path / "out" / "plan.json"
+    match changed:
+        case "bundle":
+            sha256 = "1" * 64
+        case "setting":
+            spec = job(path, folder=out, interpolate=0.5)
+        case "rows":
+            nested(Path(path), ["a", "b", "c"])
+        case "mtime":
+            os.utime(path, (1, 1))
+        case "shards":
+            monkeypatch.setattr(plan, "SHARD_BYTES", 1)
+        case "garbage":
+            plan_json.write_text("[1")
+    before = plan_json.read_bytes()
+    with pytest.raises(ConfigurationError, match="another job") as caught:
+        claim(tmp_path, spec, sha256)
+    assert caught.value.exit_code == 78
+    assert "out" in caught.value.next_step
+    assert plan_json.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    spec = job(nested(tmp_path / "in.parquet", ["a"]))
+    with pytest.raises(OutputError, match="Cannot make") as caught:
+        claim_folder(tmp_path / "in.parquet" / "out", plan_job(spec, tmp_path), spec, "")
+    assert caught.value.exit_code == 73
