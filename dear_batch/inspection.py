@@ -123,13 +123,17 @@ def _output(path: Path) -> RenderableType:
     if not report_path.is_file():
         return _facts(f"Output {path}", {**facts, "status": "not finished: no report.json"})
     report = json.loads(report_path.read_text(encoding="utf-8"))
-    shown = ("status", "outputs", "engine", "device", "queries", "candidates")
-    facts |= {name: report[name] for name in shown}
+    for name in ("queries", "candidates"):
+        facts[name] = ", ".join(f"{count:,} {what}" for what, count in report[name].items())
     facts |= {
-        "set aside": report["quarantine_reasons"] or "nothing",
+        "status": report["status"],
+        "outputs": ", ".join(report["outputs"]),
+        "engine": f"{report['engine']} on {report['device']}, {report['precision']}",
+        "set aside": ", ".join(f"{n:,} {why}" for why, n in report["quarantine_reasons"].items())
+        or "nothing",
         "truncated pairs": report["truncated_pairs"],
         "tokens": f"{report['tokens']:,} at {report['tokens_per_second']}/s",
         "padding share": f"{report['padding_share']:.2%}",
-        "seconds": report["seconds"],
+        "seconds": ", ".join(f"{stage} {s}" for stage, s in report["seconds"].items()),
     }
     return _facts(f"Output {path}", facts)

@@ -58,7 +58,7 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(text: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress(text: str, unit: str) -> Iterator[Callable[[float, int], None]]:
     """A bar fed with (done, total)."""
     columns = (
         TextColumn("{task.description}"),
@@ -72,7 +72,7 @@ def progress(text: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(text, total=None)
 
-        def advance(done: int, total: int) -> None:
+        def advance(done: float, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
         yield advance

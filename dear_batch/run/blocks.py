@@ -5,7 +5,7 @@ as one plan. `ahead` runs the first half in a thread: tokenising releases the GI
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -64,16 +64,23 @@ def blocks(
         yield Block(tuple(lists), tuple(pairs), tuple(refusals))
 
 
-def score_block(block: Block, scorer: Scorer, work: Work) -> list[ScoredList]:
-    """Score a block's pairs; lists come back in order, logits None below the depth."""
+def score_block(
+    block: Block, scorer: Scorer, work: Work, advance: Callable[[float], None] = lambda _share: None
+) -> list[ScoredList]:
+    """Score a block's pairs; lists come back in order, logits None below the depth.
+
+    `advance` is told the share of the block's pairs that is done, after each batch.
+    """
     pairs = [pair for pairs in block.pairs for pair in pairs]
+    scored_before = work.pairs
 
     def count(batch: Batch) -> None:
+        work.pairs += len(batch.documents)
         work.tokens += batch.tokens
         work.computed_tokens += len(batch.rows) * batch.length
+        advance((work.pairs - scored_before) / len(pairs))
 
     values = iter(score_pairs(scorer, pairs, count).tolist())
-    work.pairs += len(pairs)
     work.truncated_pairs += sum(pair.truncated for pair in pairs)
     return [
         _scored(item, [next(values) for _ in encoded])

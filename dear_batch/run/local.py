@@ -6,6 +6,7 @@ The reader thread opens, admits and tokenises ahead; this thread scores, ranks a
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dear_batch.run.ranking import rank
 from dear_batch.run.report import Tally, write_report
 from dear_batch.specs import JobSpec
 
-Advance = Callable[[int, int], None]  # (queries done, queries in all)
+Advance = Callable[[float, int], None]  # (queries done, queries in all)
 Refuse = Callable[[Refusal], None]
 
 
@@ -75,20 +76,24 @@ class _Job:
     scorer: Scorer
     tally: Tally
     refuse: Refuse
-    advance: Callable[[int], None]
+    advance: Callable[[float], None]
 
     def publish(self, output: Output, folder: Path) -> None:
         """Score one output's shards and write its files."""
         with run_writer(folder, output.stem, self.spec.output.tag) as write:
             for name, block in self._read_ahead(output):
+                queries = self.tally.queries
+                advance = partial(self._advance, queries.written + queries.quarantined, block)
                 with self.tally.timed("score"):
-                    scored_lists = score_block(block, self.scorer, self.tally.work)
+                    scored_lists = score_block(block, self.scorer, self.tally.work, advance)
                 with self.tally.timed("write"):
                     for refusal in block.refusals:
                         self._set_aside(refusal)
                     for scored in scored_lists:
                         self._finish(scored, name, write)
-                self.advance(self.tally.queries.written + self.tally.queries.quarantined)
+
+    def _advance(self, queries_before: int, block: Block, share: float) -> None:
+        self.advance(queries_before + share * len(block.lists))
 
     def _read_ahead(self, output: Output) -> Iterator[tuple[str, Block]]:
         stream = ahead(self._blocks(output))
