@@ -46,10 +46,16 @@ class Reranker:
         """
         opened = open_bundle(bundle)
         scorer = open_scorer(opened, engine=engine, device=device)
-        return cls(scorer, PairEncoder.from_file(opened.folder / "tokenizer.json", opened.recipe))
+        return cls(scorer, PairEncoder.from_file(opened.file("tokenizer.json"), opened.recipe))
 
     def score(self, query: str, documents: Sequence[Document]) -> list[float]:
-        """Logits of the documents, in their order."""
+        """Logits of the documents, in their order.
+
+        Raises:
+            TypeError: a single text in place of a list.
+        """
+        if isinstance(documents, str):
+            raise TypeError("documents is one text; give a list of texts")
         split = [("", d) if isinstance(d, str) else d for d in documents]
         (pairs,) = self._encoder.encode([(query, split)])
         scores: list[float] = score_pairs(self._scorer, pairs).tolist()

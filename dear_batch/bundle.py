@@ -89,6 +89,16 @@ class Bundle:
     manifest: Manifest
     sha256: str
 
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest lists.
+
+        Raises:
+            TrustError: it does not, so nothing is known of the file.
+        """
+        if name not in self.manifest.files:
+            raise _changed(self.folder, name, "the manifest does not list it")
+        return self.folder / name
+
     @property
     def recipe(self) -> Recipe:
         """The pointwise recipe.
@@ -154,7 +164,7 @@ def _parse(path: Path, raw: bytes) -> Manifest:
         version = fields["schema_version"]
         if version == SCHEMA_VERSION:
             return Manifest.from_json(fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrustError(
             f"The manifest {path} cannot be read: {error!r}.", next_step="export the bundle again"
         ) from error
@@ -168,7 +178,7 @@ def _parse(path: Path, raw: bytes) -> Manifest:
 def _verify(folder: Path, manifest: Manifest) -> None:
     for name, record in manifest.files.items():
         path = folder / name
-        if ".." in Path(name).parts or path.is_symlink() or not path.is_file():
+        if path.resolve() != folder.resolve() / name or not path.is_file():
             raise _changed(folder, name, "it is missing or not a regular file")
         if path.stat().st_size != record.bytes:
             raise _changed(folder, name, f"{path.stat().st_size} bytes, not {record.bytes}")

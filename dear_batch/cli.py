@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from dear_batch import __version__
-from dear_batch.errors import DearBatchError, UsageError
+from dear_batch.errors import ConfigurationError, DearBatchError, UsageError
 
 EXAMPLES = {
     "convert": """
@@ -137,7 +137,7 @@ def export(spec: Path | None, dry_run: bool, **options: str | None) -> None:
     parsed = load_spec(spec, ExportSpec, options)
     from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
 
-    plan = Plan(parsed, weights=not dry_run)
+    plan = Plan(parsed)
     needs_table(plan.needs.to_json(), plan.model.id, plan.task)
     if dry_run:
         _outcome({"status": "dry-run", "task": plan.task, **plan.needs.to_json()})
@@ -210,7 +210,7 @@ def score(bundle: Path, query: str, documents: tuple[str, ...], device: str, eng
 
     texts: list[str] = []
     for document in documents:
-        texts += sys.stdin.read().splitlines() if document == "-" else [document]
+        texts += sys.stdin.read().rstrip("\n").split("\n") if document == "-" else [document]
     reranker = Reranker.load(bundle, engine=engine, device=device)
     for item in reranker.rerank(query, texts):
         _outcome({"score": item.score, "index": item.index, "document": item.document})
@@ -237,13 +237,17 @@ def verify_reference(checkpoint: str, scores: Any, **options: Any) -> None:
       dear-batch verify-reference abdoelsayed/dear-3b-reranker-ce-v1
     """
     from dear_batch.export.verify_reference import verify
+    from dear_batch.pointwise.reference import TOLERANCE
     from dear_batch.show import verdict_table
 
     verdict = verify(checkpoint, scores, **options)
     verdict_table(verdict)
     _outcome({"status": "ok" if verdict.ok else "different", "scores": list(verdict.scores)})
     if not verdict.ok:
-        sys.exit(1)
+        raise ConfigurationError(
+            f"The scores differ from the printed ones by {verdict.max_abs_difference:.3f}.",
+            valid=f"up to {TOLERANCE}, with the same best document",
+        )
 
 
 @main.command(epilog=EXAMPLES["evaluate"])

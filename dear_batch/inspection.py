@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from dear_batch.bundle import MANIFEST, open_bundle
 from dear_batch.errors import InputError
+from dear_batch.files.pages import open_parquet
 from dear_batch.files.parquet import RowReader, open_input
 
 PREVIEW = 3
@@ -35,9 +36,9 @@ def inspect_path(path: Path) -> RenderableType:
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=Text(title), show_header=False, title_justify="left")
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))
     return table
 
 
@@ -87,7 +88,8 @@ def _parity(parity: Any) -> RenderableType:
 
 def _parquet(path: Path) -> RenderableType:
     """Candidate lists with their first rows; any other Parquet file by its schema."""
-    metadata = pq.read_metadata(path)
+    with open_parquet(path) as source:
+        metadata, schema = source.metadata, source.schema_arrow
     facts = {
         "rows": f"{metadata.num_rows:,} in {metadata.num_row_groups} row groups",
         "size": f"{path.stat().st_size / 1e6:,.1f} MB",
@@ -95,7 +97,7 @@ def _parquet(path: Path) -> RenderableType:
     try:
         file = open_input(path)
     except InputError as error:
-        columns = ", ".join(f"{f.name}: {f.type}" for f in pq.read_schema(path))
+        columns = ", ".join(f"{f.name}: {f.type}" for f in schema)
         return _facts(f"Parquet {path}", {**facts, "columns": columns, "runs": f"no. {error.what}"})
     per = "query" if file.layout == "nested" else "candidate"
     scores = "yes" if file.has_score else "no"
@@ -107,12 +109,23 @@ def _parquet(path: Path) -> RenderableType:
         for _, item in zip(range(PREVIEW), reader.read(0, min(file.n_rows, 1000)), strict=False):
             first = item.candidates[0] if item.candidates else None
             shown = f"{first.docid}: {first.title} {first.text}"[:TEXT] if first else ""
-            preview.add_row(str(item.qid), str(item.query)[:TEXT], str(len(item.candidates)), shown)
+            cells = (str(item.qid), str(item.query)[:TEXT], str(len(item.candidates)), shown)
+            preview.add_row(*map(Text, cells))
     return Group(_facts(f"Parquet {path}", facts), preview)
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
+    return fields if isinstance(fields, dict) else {}
+
+
 def _output(path: Path) -> RenderableType:
-    plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
+    plan = _json(path / "plan.json")
+    if not {"inputs", "outputs", "bundle_sha256"} <= plan.keys():
+        raise InputError(f"{path / 'plan.json'} was not written by dear-batch run.")
     facts = {
         "inputs": ", ".join(item["path"] for item in plan["inputs"][:PREVIEW]),
         "queries planned": sum(output["queries"] for output in plan["outputs"]),
@@ -122,7 +135,7 @@ def _output(path: Path) -> RenderableType:
     report_path = path / "report.json"
     if not report_path.is_file():
         return _facts(f"Output {path}", {**facts, "status": "not finished: no report.json"})
-    report = json.loads(report_path.read_text(encoding="utf-8"))
+    report = _json(report_path)
     for name in ("queries", "candidates"):
         facts[name] = ", ".join(f"{count:,} {what}" for what, count in report[name].items())
     facts |= {

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from dear_batch.pointwise.reference import Verdict
@@ -40,7 +42,9 @@ def steps() -> Iterator[Callable[[str], None]]:
     start = console.get_time()
 
     def report(step: str) -> None:
-        console.print(f"[dim]{console.get_time() - start:6.1f} s[/dim]  {step}", highlight=False)
+        console.print(
+            f"[dim]{console.get_time() - start:6.1f} s[/dim]  {escape(step)}", highlight=False
+        )
 
     yield report
     report("done")
@@ -80,7 +84,9 @@ def progress(text: str, unit: str) -> Iterator[Callable[[float, int], None]]:
 
 def needs_table(needs: Mapping[str, int | None], name: str, task: str) -> None:
     """What an export needs beside what there is, on stderr."""
-    table = Table(title=f"{name}: {task}, {(needs['parameters'] or 0) / 1e6:,.0f} M parameters")
+    table = Table(
+        title=Text(f"{name}: {task}, {(needs['parameters'] or 0) / 1e6:,.0f} M parameters")
+    )
     for column in ("", "needed", "here"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("memory (fp32 merge)", *_sizes(needs, "memory_bytes", "memory_available_bytes"))
@@ -95,7 +101,7 @@ def _sizes(needs: Mapping[str, int | None], *names: str) -> list[str]:
 
 def run_summary(report: Mapping[str, Any], folder: str) -> None:
     """What a job did, on stderr."""
-    table = Table(title=f"{folder}: {', '.join(report['outputs'][:3])}", show_header=False)
+    table = Table(title=Text(f"{folder}: {', '.join(report['outputs'][:3])}"), show_header=False)
     queries, candidates = report["queries"], report["candidates"]
     table.add_row("queries", f"{queries['written']:,} of {queries['read']:,} written")
     table.add_row("candidates", f"{candidates['written']:,} of {candidates['read']:,} written")

@@ -82,13 +82,35 @@ def test_a_file_the_manifest_does_not_list_beside_the_graphs(folder: Path) -> No
 
 def test_a_manifest_that_points_outside(folder: Path) -> None:
     fields = json.loads((folder / "bundle.json").read_text())
-    fields["files"]["../elsewhere"] = {"bytes": 0, "sha256": ""}
     (folder.parent / "elsewhere").write_bytes(b"")
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sha256 of b""
+    fields["files"]["../elsewhere"] = {"bytes": 0, "sha256": empty}
     (folder / "bundle.json").write_text(json.dumps(fields))
-    refused(folder, "elsewhere")
+    refused(folder, "not a regular file")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 1}'])
+def test_a_linked_onnx_folder(folder: Path) -> None:
+    (folder / "onnx").rename(folder.parent / "elsewhere")
+    (folder / "onnx").symlink_to(folder.parent / "elsewhere")
+    refused(folder, "not a regular file")
+
+
+def test_a_bundle_reached_through_a_link_is_whole(folder: Path) -> None:
+    (folder.parent / "latest").symlink_to(folder)
+    assert open_bundle(folder.parent / "latest").recipe == RECIPE
+
+
+def test_only_listed_files_are_handed_out(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    assert bundle.file("tokenizer.json") == folder / "tokenizer.json"
+    with pytest.raises(TrustError, match="does not list it"):
+        bundle.file("config.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "recipe": null, "files": []}'],
+)
 def test_a_broken_manifest(folder: Path, text: str) -> None:
     (folder / "bundle.json").write_text(text)
     refused(folder, "cannot be read")

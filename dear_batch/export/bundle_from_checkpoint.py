@@ -8,9 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -32,7 +33,9 @@ from dear_batch.export.checkpoint import (
     check_model,
     resolve,
 )
-from dear_batch.pointwise.recipe import PairEncoder, Recipe, recipe_from_tokenizer
+from dear_batch.files.durable import writing
+from dear_batch.parity import Scores
+from dear_batch.pointwise.recipe import EncodedPair, PairEncoder, Recipe, recipe_from_tokenizer
 from dear_batch.specs import ExportSpec
 
 try:
@@ -48,45 +51,48 @@ except ModuleNotFoundError as error:
     raise missing_extra(error.name or "torch", "export", "Export") from error
 
 Report = Callable[[str], None]
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 RECORDED = ("torch", "transformers", "peft", "optimum", "onnx", "onnxscript", "tokenizers")
 
 
 class Plan:
-    """A spec whose checkpoint was found and checked: what would be exported, and its needs."""
+    """A spec whose checkpoint was found, from its configs alone, and what it would need."""
 
-    def __init__(self, spec: ExportSpec, *, weights: bool = True) -> None:
+    def __init__(self, spec: ExportSpec) -> None:
         self.spec = spec
         self.adapter: Checkpoint | None = None
-        adapter_config: dict[str, Any] = {}
+        self.adapter_config: dict[str, Any] = {}
         name = spec.model
         if spec.adapter is not None:
-            self.adapter = resolve(spec.adapter, spec.adapter_revision, weights=weights)
-            adapter_config = check_adapter(self.adapter)
-            name = name or adapter_config.get("base_model_name_or_path")
+            self.adapter = resolve(spec.adapter, spec.adapter_revision, weights=False)
+            self.adapter_config = check_adapter(self.adapter)
+            name = name or self.adapter_config.get("base_model_name_or_path")
         if not name:
             raise ConfigurationError(
                 f"The adapter {spec.adapter} does not name its base.", next_step="give --model"
             )
-        self.model = resolve(name, spec.revision, weights=weights)
+        self.model = resolve(name, spec.revision, weights=False)
         self.config = check_model(self.model)
-        self.task = _task(spec, self.config, adapter_config)
-        by_name = weights or self.model.revision is None
-        self.base_checked_by = (
-            check_base(self.adapter, adapter_config, self.model)
-            if self.adapter is not None and by_name
-            else None
-        )
+        self.task = _task(spec, self.config, self.adapter_config)
         self.needs: Needs = needs_from_config(self.config, self.task, Path(spec.output))
 
 
 def _task(spec: ExportSpec, config: dict[str, Any], adapter_config: dict[str, Any]) -> Task:
-    if spec.task != "auto":
-        return spec.task
+    """What the checkpoint was made for; the spec may only confirm it.
+
+    A missing head is named by the merge, which looks at the weights.
+    """
     if adapter_config:
-        kind = adapter_config.get("task_type")
-        return "pointwise" if kind == "SEQ_CLS" else "listwise"
-    names = config.get("architectures") or [""]
-    return "pointwise" if names[0].endswith("ForSequenceClassification") else "listwise"
+        found: Task = "pointwise" if adapter_config.get("task_type") == "SEQ_CLS" else "listwise"
+    else:
+        names = config.get("architectures") or [""]
+        found = "pointwise" if names[0].endswith("ForSequenceClassification") else "listwise"
+    if spec.task == "listwise" and found == "pointwise":
+        raise ConfigurationError(
+            f"{spec.adapter or spec.model} is a pointwise scorer.",
+            valid="--task auto or pointwise; a listwise model is a causal LM",
+        )
+    return found if spec.task == "auto" else spec.task
 
 
 def bundle_from_checkpoint(plan: Plan, report: Report) -> Bundle:
@@ -99,20 +105,43 @@ def bundle_from_checkpoint(plan: Plan, report: Report) -> Bundle:
     """
     output = Path(plan.spec.output)
     with _whole_or_absent(output, plan.needs) as folder:
-        report(f"loading and merging {plan.model.id} in fp32")
-        model = model_from_checkpoint(plan.model, plan.adapter, plan.task)
-        tokenizer = tokenizer_from_checkpoint(plan.model, plan.adapter)
+        model, adapter, checked_by = _fetched(plan, report)
+        tokenizer = tokenizer_from_checkpoint(model, adapter)
         _save_tokenizer(tokenizer, folder)
-        if model.config.pad_token_id is None:  # the authors' README
-            model.config.pad_token_id = tokenizer.pad_token_id
-        dimensions = architecture(model.config)
+        report(f"loading and merging {model.id} in fp32")
+        merged = model_from_checkpoint(model, adapter, plan.task)
+        if merged.config.pad_token_id is None:  # the authors' README
+            merged.config.pad_token_id = tokenizer.pad_token_id
+        pieces: dict[str, Any] = {"architecture": architecture(merged.config)}
         if plan.task == "pointwise":
-            pieces = _pointwise(plan, model, tokenizer, folder, report)
+            exported = _graphs(plan.spec, merged, tokenizer, folder, report)
+            del merged  # an engine's own copy of the weights takes its place
+            pieces |= _gated(plan.spec, exported, folder, report)
         else:
-            pieces = _listwise(plan, model, folder, report)
+            pieces |= _listwise(plan, merged, folder, report)
         report("hashing the files")
-        write_manifest(folder, _manifest(plan, dimensions, folder, **pieces))
+        source = Source(
+            model=model.id,
+            revision=model.revision,
+            adapter=adapter.id if adapter else None,
+            adapter_revision=adapter.revision if adapter else None,
+            base_checked_by=checked_by,
+        )
+        write_manifest(folder, _manifest(plan.task, source, folder, **pieces))
     return open_bundle(output, verify=False)
+
+
+def _fetched(
+    plan: Plan, report: Report
+) -> tuple[Checkpoint, Checkpoint | None, Literal["name", "shapes"] | None]:
+    """The checkpoints with their weights, of the commits that were planned."""
+    if plan.model.revision or (plan.adapter and plan.adapter.revision):
+        report("fetching the weights")
+    model = resolve(plan.model.id, plan.model.revision or "main")
+    if plan.adapter is None:
+        return model, None, None
+    adapter = resolve(plan.adapter.id, plan.adapter.revision or "main")
+    return model, adapter, check_base(adapter, plan.adapter_config, model)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -123,10 +152,20 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     path.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
 
-def _pointwise(
-    plan: Plan, model: Any, tokenizer: Any, folder: Path, report: Report
-) -> dict[str, Any]:
-    spec = plan.spec
+@dataclass(frozen=True, slots=True)
+class _Exported:
+    """What the gate compares: PyTorch's scores of the encoded lists, and the graphs written."""
+
+    recipe: Recipe
+    encoded: list[list[EncodedPair]]
+    reference: list[Scores]
+    signatures: dict[str, Any]
+
+
+def _graphs(
+    spec: ExportSpec, model: Any, tokenizer: Any, folder: Path, report: Report
+) -> _Exported:
+    """Write config and graphs; returns what the gate needs once the model is gone."""
     # Loaded from a causal LM's config, which still names that class.
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -139,18 +178,25 @@ def _pointwise(
     report("exporting the ONNX graphs")
     (folder / "onnx").mkdir()
     signatures = onnx_from_torch(model, folder / "onnx", recipe.pooling)
+    return _Exported(recipe, encoded, reference, signatures)
+
+
+def _gated(spec: ExportSpec, exported: _Exported, folder: Path, report: Report) -> dict[str, Any]:
+    """Score with each graph, one session at a time, and compare."""
     report("scoring the parity pairs with ONNX Runtime")
     scorers: dict[str, type[PaddedOnnxScorer | PackedOnnxScorer]]
     scorers = {"model.onnx": PaddedOnnxScorer, "packed.onnx": PackedOnnxScorer}
-    scores = {}
-    for name in signatures:
-        scorer = scorers[name](folder / "onnx" / name, recipe, "cpu")
-        scores[name] = gate.scores_of(scorer, encoded)
-    parity = gate.gate(reference, scores, spec.precision)
+    scores = {
+        name: gate.scores_of(
+            scorers[name](folder / "onnx" / name, exported.recipe, "cpu"), exported.encoded
+        )
+        for name in exported.signatures
+    }
+    parity = gate.gate(exported.reference, scores, spec.precision)
     return {
         "precision": spec.precision,
-        "recipe": recipe,
-        "graphs": {f"onnx/{name}": signature for name, signature in signatures.items()},
+        "recipe": exported.recipe,
+        "graphs": {f"onnx/{name}": value for name, value in exported.signatures.items()},
         "parity": {**parity, "data": "user" if spec.parity_data else "dear-batch"},
     }
 
@@ -175,26 +221,16 @@ def _recipe(spec: ExportSpec, folder: Path, tokenizer: Any) -> tuple[Recipe, Pai
 
 def _listwise(plan: Plan, model: Any, folder: Path, report: Report) -> dict[str, Any]:
     """Merged in fp32, cast once to the dtype that the checkpoint was stored in."""
-    precision = checkpoint_dtype(plan.config)
-    report(f"writing safetensors in {precision}")
-    model.to(getattr(torch, precision)).save_pretrained(folder)
-    return {"precision": precision, "recipe": None, "graphs": {}, "parity": None}
+    dtype = checkpoint_dtype(plan.config)
+    report(f"writing safetensors in {dtype}")
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return {"precision": PRECISIONS[dtype], "recipe": None, "graphs": {}, "parity": None}
 
 
-def _manifest(
-    plan: Plan, dimensions: dict[str, int | str], folder: Path, **pieces: Any
-) -> Manifest:
-    adapter = plan.adapter
+def _manifest(task: Task, source: Source, folder: Path, **pieces: Any) -> Manifest:
     return Manifest(
-        task=plan.task,
-        source=Source(
-            model=plan.model.id,
-            revision=plan.model.revision,
-            adapter=adapter.id if adapter else None,
-            adapter_revision=adapter.revision if adapter else None,
-            base_checked_by=plan.base_checked_by,
-        ),
-        architecture=dimensions,
+        task=task,
+        source=source,
         versions={"dear-batch": __version__, **_versions()},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=hash_folder(folder),
@@ -225,14 +261,14 @@ def _whole_or_absent(output: Path, needs: Needs) -> Iterator[Path]:
             valid=f"about {needs.disk_bytes / 1e9:.1f} GB",
         )
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"Cannot write beside {output}: {error.strerror}.") from error
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        raise OutputError(f"Cannot make the folder of {output}: {error.strerror}.") from error
+    with writing(output.absolute()):
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+        try:
+            yield folder
+            folder.chmod(0o755)
+            folder.rename(output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

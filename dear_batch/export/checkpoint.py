@@ -12,8 +12,7 @@ from dear_batch.errors import ConfigurationError, InputError, TrustError, missin
 
 try:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "safetensors", "export", "Export") from error
 
@@ -48,12 +47,24 @@ class Checkpoint:
         return fields
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every stored tensor, read from the files' headers."""
+        """Name and shape of every stored tensor, read from the files' headers.
+
+        Raises:
+            InputError: a file is cut or broken.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, "np") as file:
-                for name in file.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
+            try:
+                with safe_open(path, "np") as file:
+                    for name in file.keys():  # noqa: SIM118 - a safetensors handle is no dict
+                        shapes[name] = tuple(file.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"The weights of {self.id} cannot be read.",
+                    where=f"{path}: {error}",
+                    valid="whole safetensors files",
+                    next_step="fetch the checkpoint again",
+                ) from error
         return shapes
 
 
@@ -73,8 +84,8 @@ def resolve(name: str, revision: str, *, weights: bool = True) -> Checkpoint:
         commit = HfApi().model_info(name, revision=revision).sha
         patterns = PATTERNS if weights else [p for p in PATTERNS if p != "*.safetensors"]
         path = snapshot_download(name, revision=commit, allow_patterns=patterns)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever HTTP client the hub's library uses
+        reason = (str(error).splitlines() or [""])[0]
         raise ConfigurationError(
             f"The checkpoint {name!r} is neither a local folder nor a hub id within reach.",
             where=f"revision {revision}: {type(error).__name__}: {reason}",
@@ -104,11 +115,7 @@ def check_model(checkpoint: Checkpoint) -> dict[str, Any]:
             if adapter
             else "",
         )
-    if config.get("auto_map"):
-        raise TrustError(
-            f"{checkpoint.id} asks to run code of its own (auto_map in config.json).",
-            valid="a plain Llama checkpoint",
-        )
+    refuse_remote_code(checkpoint, "config.json")
     if config.get("model_type") != "llama":
         raise ConfigurationError(
             f"{checkpoint.id} is a {config.get('model_type')!r} model.",
@@ -117,14 +124,27 @@ def check_model(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def check_weights(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose weights are pickled or absent.
+def refuse_remote_code(checkpoint: Checkpoint, name: str) -> None:
+    """Refuse a config that names code to be run.
+
+    Raises:
+        TrustError: it has an `auto_map`.
+    """
+    if (checkpoint.config(name) or {}).get("auto_map"):
+        raise TrustError(
+            f"{checkpoint.id} asks to run code of its own (auto_map in {name}).",
+            valid="a plain Llama checkpoint",
+        )
+
+
+def check_weights(checkpoint: Checkpoint, pattern: str) -> None:
+    """Refuse a checkpoint whose weights are pickled or absent; `pattern` finds good ones.
 
     Raises:
         TrustError: its only weights are pickles.
         ConfigurationError: it has no weights.
     """
-    if any(checkpoint.folder.glob("*.safetensors")):
+    if any(checkpoint.folder.glob(pattern)):
         return
     pickled = sorted(p.name for p in checkpoint.folder.iterdir() if p.suffix in PICKLES)
     if pickled:
@@ -135,7 +155,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
             next_step="convert them on a machine you can lose: safetensors.torch.save_file",
         )
     raise ConfigurationError(
-        f"{checkpoint.id} has no weights.", where=str(checkpoint.folder), valid="*.safetensors"
+        f"{checkpoint.id} has no weights.", where=str(checkpoint.folder), valid=pattern
     )
 
 
@@ -167,7 +187,7 @@ def check_base(
 ) -> Literal["name", "shapes"]:
     """Check that an adapter was trained on this base; says what the check could rest on.
 
-    Names decide where both are hub ids; a local folder is compared tensor by tensor.
+    Every adapted tensor must fit; where both have hub ids, these must be equal too.
 
     Raises:
         ConfigurationError: another base.
@@ -175,10 +195,16 @@ def check_base(
     trained_on = str(adapter_config.get("base_model_name_or_path") or "")
     model_config = model.config("config.json") or {}
     known_as = model.id if model.revision else str(model_config.get("_name_or_path") or "")
-    if _is_hub_id(trained_on) and _is_hub_id(known_as):
-        if trained_on.lower() != known_as.lower():
-            raise _other_base(adapter, trained_on, model, f"this model is {known_as}")
-        return "name"
+    named = trained_on.lower() == known_as.lower()
+    # A relative path looks like a hub id, so a difference counts only where both are ids.
+    both_ids = _is_hub_id(known_as) and _is_hub_id(trained_on) and not Path(trained_on).exists()
+    if both_ids and not named:
+        raise _other_base(adapter, trained_on, model, f"this model is {known_as}")
+    _check_shapes(adapter, trained_on, model)
+    return "name" if named else "shapes"
+
+
+def _check_shapes(adapter: Checkpoint, trained_on: str, model: Checkpoint) -> None:
     base, prefix = model.tensors(), "base_model.model."
     for name, shape in adapter.tensors().items():
         stem, _, side = name.removeprefix(prefix).partition(".lora_")
@@ -193,7 +219,6 @@ def check_base(
             raise _other_base(
                 adapter, trained_on, model, f"{name} is {shape}, the weight here {weight}"
             )
-    return "shapes"
 
 
 def _is_hub_id(name: str) -> bool:

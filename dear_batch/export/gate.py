@@ -32,7 +32,7 @@ def parity_lists(path: str | None) -> list[TextList]:
     source = Path(path) if path else files("dear_batch.export") / "parity_pairs.jsonl"
     lists: list[TextList] = []
     try:
-        for line in source.read_text(encoding="utf-8").splitlines():
+        for line in source.read_text(encoding="utf-8").strip("\n").split("\n"):
             item = json.loads(line)
             documents = [(d.get("title") or "", d["text"]) for d in item["documents"]]
             lists.append((item["query"], documents))

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from dear_batch.bundle import Task
-from dear_batch.errors import ConfigurationError, missing_extra
-from dear_batch.export.checkpoint import Checkpoint, check_weights
+from dear_batch.errors import ConfigurationError, InputError, missing_extra
+from dear_batch.export.checkpoint import Checkpoint, check_weights, refuse_remote_code
 
 try:
     import torch
-    from peft import PeftModel
-    from safetensors import safe_open
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
@@ -31,25 +31,31 @@ except ModuleNotFoundError as error:
 HEAD = "score.weight"
 
 
-def model_from_checkpoint(
-    model: Checkpoint, adapter: Checkpoint | None, task: Task, *, dtype: Any = torch.float32
-) -> Any:
-    """The merged Hugging Face model on the CPU, in evaluation mode.
+def model_from_checkpoint(model: Checkpoint, adapter: Checkpoint | None, task: Task) -> Any:
+    """The merged Hugging Face model in fp32 on the CPU, in evaluation mode.
 
     Raises:
-        ConfigurationError: a score head that is missing, not of one label, or lost in merging.
+        InputError: weights that cannot be read or do not fit their config.
+        ConfigurationError: weights or a score head that are missing, or lost in merging.
         TrustError: pickled weights.
     """
-    check_weights(model)
+    check_weights(model, "*.safetensors")
     if adapter is not None:
-        check_weights(adapter)
-    head = _stored_head(adapter or model) if task == "pointwise" else None
-    with _quiet():
-        merged = _load(model, task, dtype)
-        if adapter is not None:
-            peft = PeftModel.from_pretrained(merged, str(adapter.folder), torch_device="cpu")
-            merged = peft.merge_and_unload(safe_merge=True)
-    if head is not None and not torch.equal(merged.score.weight, head.to(dtype)):
+        check_weights(adapter, "adapter_model.safetensors")
+    try:
+        head = _stored_head(adapter or model) if task == "pointwise" else None
+        with _quiet():
+            merged = _load(model, adapter, task)
+            if adapter is not None:
+                merged = _merge(merged, adapter)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"The weights of {model.id} cannot be loaded.",
+            where=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
+            valid="whole safetensors files that fit their config.json",
+            next_step="fetch the checkpoint again",
+        ) from error
+    if head is not None and not torch.equal(merged.score.weight, head.to(torch.float32)):
         raise ConfigurationError(
             f"The score head of {(adapter or model).id} did not survive loading.",
             valid="a sequence classification checkpoint whose `score.weight` loads as it is",
@@ -72,12 +78,43 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _load(model: Checkpoint, task: Task, dtype: Any) -> Any:
-    common = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+def _load(model: Checkpoint, adapter: Checkpoint | None, task: Task) -> Any:
+    common = {
+        "dtype": torch.float32,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
     if task == "listwise":
-        return AutoModelForCausalLM.from_pretrained(str(model.folder), **common)
-    return AutoModelForSequenceClassification.from_pretrained(
-        str(model.folder), num_labels=1, **common
+        loaded, info = AutoModelForCausalLM.from_pretrained(str(model.folder), **common)
+    else:
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            str(model.folder), num_labels=1, **common
+        )
+    # transformers starts what a checkpoint lacks at random; only an adapter's head may be.
+    missing = set(info["missing_keys"]) - ({HEAD} if adapter is not None else set())
+    if missing:
+        raise _incomplete(model, missing, "every weight of its architecture")
+    return loaded
+
+
+def _merge(model: Any, adapter: Checkpoint) -> Any:
+    """Add the adapter's deltas; every tensor that it holds must find its place, and the reverse."""
+    peft = PeftModel.from_pretrained(model, str(adapter.folder), torch_device="cpu")
+    expected = set(get_peft_model_state_dict(peft, save_embedding_layers=False))
+    difference = expected ^ set(adapter.tensors())
+    if difference:
+        raise _incomplete(adapter, difference, "exactly the tensors that its config calls for")
+    return peft.merge_and_unload(safe_merge=True)
+
+
+def _incomplete(checkpoint: Checkpoint, names: set[str], valid: str) -> ConfigurationError:
+    listed = ", ".join(sorted(names)[:3])
+    return ConfigurationError(
+        f"The weights of {checkpoint.id} are not complete: {len(names)} tensors do not match.",
+        where=listed,
+        valid=valid,
+        next_step="fetch the checkpoint again, or see whether --task fits it",
     )
 
 
@@ -114,11 +151,14 @@ def tokenizer_from_checkpoint(model: Checkpoint, adapter: Checkpoint | None) -> 
     Raises:
         ConfigurationError: there is none that `tokenizers` can run.
     """
+    for checkpoint in (model, adapter):
+        if checkpoint is not None:
+            refuse_remote_code(checkpoint, "tokenizer_config.json")
     has_own = adapter is not None and (adapter.folder / "tokenizer.json").is_file()
     source = adapter if adapter is not None and has_own else model
     with _quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source.folder))
+            tokenizer = AutoTokenizer.from_pretrained(str(source.folder), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise _no_tokenizer(source) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

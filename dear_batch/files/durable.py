@@ -66,12 +66,12 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder of `beside` is missing, read-only or full.
     """
-    prefix = f".{beside.name}."
-    with (
-        writing(beside),
-        tempfile.TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=beside.parent) as folder,
-    ):
-        yield Path(folder)
+    with writing(beside):
+        folder = tempfile.TemporaryDirectory(
+            prefix=f".{beside.name[:64]}.", suffix=".tmp", dir=beside.parent
+        )
+    with folder as name:
+        yield Path(name)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ Two graphs: `packed.onnx` takes packed rows; `model.onnx` takes one padded pair 
 serves `final-position` pooling, which reads a padding token.
 """
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,8 @@ from dear_batch.pointwise.rows import Batch, Layout, packed_arrays, padded_array
 if TYPE_CHECKING:
     from dear_batch.bundle import Bundle
 
-# (row_tokens, batch_tokens). On CPU one row a call never pads, and longer rows or batches
-# were no faster (benchmarks/). On a GPU a call must be large to fill it: not measured yet.
+# (row_tokens, batch_tokens). On CPU one row a call never pads. On a GPU a call must be large to
+# fill it. A throughput benchmark has yet to choose both.
 BUDGETS = {"cpu": (512, 512), "cuda": (1024, 16384)}
 
 
@@ -72,8 +74,8 @@ def onnx_scorer(bundle: "Bundle", device: str) -> PackedOnnxScorer | PaddedOnnxS
     """The scorer that the bundle's recipe calls for."""
     recipe = bundle.recipe
     if recipe.pooling == "final-position":
-        return PaddedOnnxScorer(bundle.folder / "onnx" / "model.onnx", recipe, device)
-    return PackedOnnxScorer(bundle.folder / "onnx" / "packed.onnx", recipe, device)
+        return PaddedOnnxScorer(bundle.file("onnx/model.onnx"), recipe, device)
+    return PackedOnnxScorer(bundle.file("onnx/packed.onnx"), recipe, device)
 
 
 def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:
@@ -90,9 +92,13 @@ def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:
     if cuda is None:
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         return session, "cpu"
-    # CUDA libraries that were installed by pip are not on the loader's path.
-    ort.preload_dlls()
-    providers = [("CUDAExecutionProvider", {"device_id": cuda}), "CPUExecutionProvider"]
+    # CUDA libraries that were installed by pip are not on the loader's path; what is missing
+    # is printed to stdout, which belongs to the outcome.
+    with redirect_stdout(sys.stderr):
+        ort.preload_dlls()
+    # TF32, the default, keeps 10 bits of fp32: the parity gate promises all.
+    settings = {"device_id": cuda, "use_tf32": 0}
+    providers = [("CUDAExecutionProvider", settings), "CPUExecutionProvider"]
     session = ort.InferenceSession(graph, options, providers=providers)
     if session.get_providers()[0] == "CUDAExecutionProvider":
         return session, f"cuda:{cuda}"

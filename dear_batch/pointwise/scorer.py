@@ -3,6 +3,7 @@
 Knows nothing of text or files beyond the bundle.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ from dear_batch.pointwise.rows import Batch, Layout, batches
 if TYPE_CHECKING:
     from dear_batch.bundle import Bundle
 
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+DEVICES = "auto, cpu, cuda, or cuda:N with the number of a GPU"
 EngineName = Literal["auto", "onnxruntime", "torch"]
 
 
@@ -67,6 +70,8 @@ def open_scorer(
             f"The bundle {bundle.folder} is a {bundle.manifest.task} model; it has no scores.",
             valid="a pointwise bundle",
         )
+    if not DEVICE.fullmatch(device):
+        raise ConfigurationError(f"There is no device {device!r}.", valid=DEVICES)
     scorer = _load(bundle, engine, device)
     layout = scorer.layout
     scorer.layout = replace(

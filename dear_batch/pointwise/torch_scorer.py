@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dear_batch.errors import missing_extra
+from dear_batch.errors import ConfigurationError, missing_extra
 from dear_batch.pointwise.recipe import Recipe
 from dear_batch.pointwise.rows import Batch, Layout, padded_arrays
 
@@ -44,6 +44,10 @@ class TorchScorer:
         """Load the bundle's weights; `auto` takes CUDA where there is one."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device != "cpu" and not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"PyTorch finds no GPU for --device {device}.", valid="--device cpu"
+            )
         return cls(model_from_bundle(bundle), bundle.recipe, device)
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
@@ -72,11 +76,11 @@ class TorchScorer:
 
 def model_from_bundle(bundle: "Bundle") -> Any:
     """The bundle's weights, stored once in the graphs' layout, as a Hugging Face model."""
-    config = AutoConfig.from_pretrained(bundle.folder)
+    config = AutoConfig.from_pretrained(bundle.file("config.json").parent)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    stored = load_file(bundle.folder / "onnx" / "weights.safetensors")
+    stored = load_file(bundle.file("onnx/weights.safetensors"))
     state = {name: tensor.T if name in linear else tensor for name, tensor in stored.items()}
     model.load_state_dict(state, assign=True)
     # Rotary frequencies are computed, not stored; on the meta device they were not.

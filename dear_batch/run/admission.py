@@ -7,13 +7,15 @@ Knows nothing of files beyond a path to name, nor of models. The reasons are the
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 from dear_batch.data import Candidate, CandidateList, Refusal
 from dear_batch.errors import InputError
 
 REASONS = {
     "bad_qid": "a null or empty qid, or white space or control characters in it",
-    "duplicate_qid": "the qid began a list before; the first one is kept",
+    "duplicate_qid": "the qid has another list; the first one that can be scored is kept",
+    "conflicting_query": "a row whose query is not that of its qid's first row with a query",
     "empty_query": "a null or blank query",
     "empty_list": "no candidates",
     "no_valid_candidates": "every candidate of the list was set aside",
@@ -51,8 +53,8 @@ class Admission:
 
     Args:
         path: the input's name for refusals.
-        first_rows: the row of each repeated qid's first list; None where that lies in
-            another file.
+        kept_rows: the row of the list to keep for each qid that has several; None where that
+            lies in another file.
         has_rows: rows of this file are rows of the user's.
         need_first_scores: interpolation wants a finite first-stage score everywhere.
     """
@@ -60,35 +62,45 @@ class Admission:
     def __init__(
         self,
         path: str,
-        first_rows: Mapping[str, int | None],
+        kept_rows: Mapping[str, int | None] | None = None,
         *,
         has_rows: bool = True,
         need_first_scores: bool = False,
     ) -> None:
         self._path = path
-        self._first_rows = first_rows
+        self._kept_rows = kept_rows or {}
         self._has_rows = has_rows
         self._need_first_scores = need_first_scores
-        self._previous: str | None = None
 
     def admit(self, lists: Iterable[CandidateList]) -> Iterator[Admitted | Refusal]:
         """Every refusal, and every list of which a candidate is left."""
         for item in lists:
             reason = self._query_fault(item)
-            self._previous = item.qid
             if reason:
                 yield self._refusal(reason, item, None, len(item.candidates))
             else:
                 yield from self._admit_candidates(item)
 
+    def admit_flat(self, lists: Iterable[CandidateList]) -> Iterator[Admitted | Refusal]:
+        """The same for a flat file, whose reader starts a list where the query text changes.
+
+        Lists of one qid in a row are one query: the first with a query stands for it, the
+        rows of the others are set aside as candidates.
+        """
+        for _, group in groupby(lists, key=lambda item: item.qid):
+            items = list(group)
+            kept = next((item for item in items if _has_query(item)), items[0])
+            for item in items:
+                if item is not kept:
+                    for candidate in item.candidates:
+                        yield self._refusal("conflicting_query", item, candidate.docid, 1)
+            yield from self.admit([kept])
+
     def _query_fault(self, item: CandidateList) -> str | None:
-        if item.qid is None or not valid_id(item.qid):
-            return "bad_qid"
-        if item.qid == self._previous or self._first_rows.get(item.qid, item.row) != item.row:
+        fault = _own_fault(item)
+        if fault is None and self._kept_rows.get(str(item.qid), item.row) != item.row:
             return "duplicate_qid"
-        if not (item.query or "").strip():
-            return "empty_query"
-        return None if item.candidates else "empty_list"
+        return fault
 
     def _admit_candidates(self, item: CandidateList) -> Iterator[Admitted | Refusal]:
         kept: dict[str, tuple[int, Candidate]] = {}
@@ -122,6 +134,25 @@ class Admission:
     ) -> Refusal:
         row = item.row if self._has_rows else None
         return Refusal(reason, REASONS[reason], self._path, row, item.qid, docid, candidates)
+
+
+def can_be_scored(item: CandidateList) -> bool:
+    """Whether a list would be admitted, were its qid its own."""
+    if _own_fault(item):
+        return False
+    return any(_candidate_fault(candidate, {}) is None for candidate in item.candidates)
+
+
+def _has_query(item: CandidateList) -> bool:
+    return bool((item.query or "").strip())
+
+
+def _own_fault(item: CandidateList) -> str | None:
+    if item.qid is None or not valid_id(item.qid):
+        return "bad_qid"
+    if not _has_query(item):
+        return "empty_query"
+    return None if item.candidates else "empty_list"
 
 
 def _candidate_fault(candidate: Candidate, kept: dict[str, tuple[int, Candidate]]) -> str | None:

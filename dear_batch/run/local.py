@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dear_batch.bundle import Bundle, open_bundle
-from dear_batch.data import Refusal, ScoredList
+from dear_batch.data import CandidateList, Refusal, ScoredList
 from dear_batch.files.durable import scratch_folder
 from dear_batch.files.parquet import RowReader
 from dear_batch.files.results import Write, quarantine_writer, run_writer
@@ -38,7 +38,9 @@ def run_job(spec: JobSpec, advance: Advance = lambda _done, _total: None) -> dic
     folder = Path(spec.output.folder)
     check_folder(folder)
     tally = Tally()
-    with tally.timed("total"), scratch_folder(folder.absolute()) as scratch:
+    # A refused job makes no folders: its scratch lies where folders exist already.
+    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    with tally.timed("total"), scratch_folder(place / folder.name) as scratch:
         with tally.timed("plan"):
             plan = plan_job(spec, scratch)
         with tally.timed("load"):
@@ -64,7 +66,7 @@ def _load(spec: JobSpec) -> tuple[Bundle, PairEncoder, Scorer]:
         row_tokens=execution.row_tokens,
         batch_tokens=execution.batch_tokens,
     )
-    return bundle, PairEncoder.from_file(bundle.folder / "tokenizer.json", bundle.recipe), scorer
+    return bundle, PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe), scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +114,21 @@ class _Job:
                 for shard in shards:
                     admission = Admission(
                         source.name,
-                        source.first_rows,
+                        source.kept_rows,
                         has_rows=not source.regrouped,
                         need_first_scores=pointwise.interpolate < 1,
                     )
-                    lists = reader.read(shard.first_row, shard.n_rows)
-                    for block in blocks(admission.admit(lists), self.encoder, pointwise.depth):
+                    is_flat = source.file.layout == "flat"
+                    admit = admission.admit_flat if is_flat else admission.admit
+                    items = admit(self._counted(reader.read(shard.first_row, shard.n_rows)))
+                    for block in blocks(items, self.encoder, pointwise.depth):
                         yield source.name, block
+                    self.tally.queries.read += shard.n_queries
+
+    def _counted(self, lists: Iterator[CandidateList]) -> Iterator[CandidateList]:
+        for item in lists:
+            self.tally.candidates.read += len(item.candidates)
+            yield item
 
     def _set_aside(self, refusal: Refusal) -> None:
         self.refuse(refusal)

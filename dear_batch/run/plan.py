@@ -14,9 +14,10 @@ from typing import Any
 from dear_batch import __version__
 from dear_batch.data import Shard
 from dear_batch.errors import ConfigurationError, InputError, OutputError, UsageError
-from dear_batch.files.durable import replacing, writing
-from dear_batch.files.parquet import InputFile, open_input, qid_runs
+from dear_batch.files.durable import replacing
+from dear_batch.files.parquet import InputFile, RowReader, open_input, qid_runs
 from dear_batch.files.regroup import distinct_qids, regroup, repeated_qids
+from dear_batch.run.admission import can_be_scored
 from dear_batch.specs import JobSpec
 
 SCHEMA_VERSION = 1
@@ -28,15 +29,15 @@ SHARD_BYTES = 16 << 20
 class Source:
     """An input file as it is read, and what to call it to the user.
 
-    `first_rows`: for each qid that begins several lists of the output, the row of the first
-    one here, or None where that lies in another file. `regrouped`: it was written by the job
-    from scattered rows, so its rows mean nothing to the user.
+    `kept_rows`: for each qid that has several lists in the output, the row of the one to keep,
+    or None where that lies in another file. `regrouped`: it was written by the job from
+    scattered rows, so its rows mean nothing to the user.
     """
 
     file: InputFile
     name: str
     regrouped: bool = False
-    first_rows: dict[str, int | None] = field(default_factory=dict)
+    kept_rows: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +131,30 @@ def _plan_output(stem: str, files: tuple[InputFile, ...], scratch: Path) -> Outp
 
 
 def _nested_sources(files: tuple[InputFile, ...], scratch: Path) -> tuple[Source, ...]:
-    repeated = repeated_qids([file.path for file in files], beside=scratch / "qids")
+    kept = repeated_qids([file.path for file in files], beside=scratch / "qids")
+    if kept:
+        kept |= _first_that_can_be_scored(files, frozenset(kept))
     return tuple(
         Source(
             file,
             file.path,
-            first_rows={qid: row if at == i else None for qid, (at, row) in repeated.items()},
+            kept_rows={qid: row if at == i else None for qid, (at, row) in kept.items()},
         )
         for i, file in enumerate(files)
     )
+
+
+def _first_that_can_be_scored(
+    files: tuple[InputFile, ...], qids: frozenset[str]
+) -> dict[str, tuple[int, int]]:
+    """(file, row) of the first sound list of each qid; decided here, so that shards stay pure."""
+    found: dict[str, tuple[int, int]] = {}
+    for at, file in enumerate(files):
+        with RowReader(file) as reader:
+            for item in reader.read(0, file.n_rows):
+                if item.qid in qids and item.qid not in found and can_be_scored(item):
+                    found[item.qid] = (at, item.row)
+    return found
 
 
 def _flat_sources(stem: str, files: tuple[InputFile, ...], scratch: Path) -> tuple[Source, ...]:
@@ -198,8 +214,14 @@ def claim_folder(folder: Path, plan: Plan, spec: JobSpec, bundle_sha256: str) ->
                 next_step=f"choose another --output, or remove {folder}",
             )
         return
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"Cannot make the output folder {folder}: {error.strerror}.",
+            valid="a folder that can be written to",
+            next_step="choose another --output",
+        ) from error
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
@@ -210,12 +232,12 @@ def check_folder(folder: Path) -> None:
     Raises:
         OutputError: a file, or a folder with contents and no `plan.json`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"The output {folder} is a file.", valid="a new or empty folder")
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"Cannot make the output folder {folder}: {error.strerror}.") from error
+        is_other = folder.is_symlink() or folder.exists()
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"The output {folder} cannot be made: {error.strerror}.") from error
+    if is_other and not folder.is_dir():
+        raise OutputError(f"The output {folder} is not a folder.", valid="a new or empty folder")
     if folder.is_dir() and not (folder / "plan.json").is_file() and any(folder.iterdir()):
         raise OutputError(
             f"The output folder {folder} is not empty and not ours: it has no plan.json.",

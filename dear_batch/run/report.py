@@ -56,9 +56,10 @@ class Tally:
             self.seconds[stage] += time.perf_counter() - start
 
     def to_json(self) -> dict[str, Any]:
-        """The counts, with read as the sum of what became of it."""
+        """The counts; what was read by the reader is what became of it at the end."""
         for count in (self.queries, self.candidates):
-            count.read = count.written + count.quarantined
+            if count.read != count.written + count.quarantined:
+                raise AssertionError(f"counts do not add up: {count}")
         work = self.work
         scoring = self.seconds["score"]
         return {

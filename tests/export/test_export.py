@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from dear_batch.bundle import open_bundle
-from dear_batch.errors import ConfigurationError, DearBatchError, OutputError, TrustError
+from dear_batch.errors import (
+    ConfigurationError,
+    DearBatchError,
+    InputError,
+    OutputError,
+    TrustError,
+)
 from dear_batch.export import gate
 from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
 from dear_batch.pointwise.onnx_scorer import PackedOnnxScorer, PaddedOnnxScorer
@@ -272,7 +278,7 @@ def test_listwise_weights_are_cast_once_to_the_checkpoints_dtype(
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     bundle = open_bundle(export(tmp_path, model=str(half)))
-    assert bundle.manifest.precision == "bfloat16"
+    assert bundle.manifest.precision == "bf16"
     stored = load_file(bundle.folder / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
@@ -417,9 +423,89 @@ def test_parity_data_of_the_user_is_measured_and_not_kept(tmp_path: Path, checkp
 
 def test_needs_are_computed_from_the_config_alone(tmp_path: Path, checkpoint: Make) -> None:
     folder = checkpoint("llama31")
-    plan = Plan(ExportSpec(output=str(tmp_path / "bundle"), model=str(folder)), weights=False)
+    plan = Plan(ExportSpec(output=str(tmp_path / "bundle"), model=str(folder)))
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
     parameters = sum(p.numel() for p in model.parameters())
     assert plan.needs.parameters == parameters
     assert plan.needs.memory_bytes > 4 * parameters
     assert list(tmp_path.iterdir()) == []
+
+
+def without(folder: Path, target: Path, part: str, name: str = "model.safetensors") -> Path:
+    """A copy of a checkpoint that lacks the tensors whose names hold `part`."""
+    shutil.copytree(folder, target)
+    tensors = {k: v for k, v in load_file(folder / name).items() if part not in k}
+    save_file(tensors, target / name, metadata={"format": "pt"})
+    return target
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path, checkpoint: Make) -> None:
+    """transformers would start them at random, and the gate compare two equal randoms."""
+    model = without(checkpoint("llama31"), tmp_path / "model", "layers.1.mlp")
+    refused(tmp_path, ConfigurationError, r"3 tensors(.|\n)*layers\.1\.mlp", model=str(model))
+
+
+def test_an_adapter_that_lacks_tensors_is_refused(
+    tmp_path: Path, checkpoint: Make, adapter: Make
+) -> None:
+    lora = without(adapter("llama31"), tmp_path / "lora", "layers.1.", "adapter_model.safetensors")
+    base = str(checkpoint("llama31", causal=True))
+    refused(tmp_path, ConfigurationError, "not complete", model=base, adapter=str(lora))
+
+
+def test_a_decoy_beside_a_pickled_adapter_changes_nothing(
+    tmp_path: Path, checkpoint: Make, adapter: Make
+) -> None:
+    lora = copied(adapter("llama31"), tmp_path / "lora")
+    (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+    save_file({"a": torch.zeros(1)}, lora / "decoy.safetensors")
+    base = str(checkpoint("llama31", causal=True))
+    refused(tmp_path, TrustError, "pickled", model=base, adapter=str(lora))
+
+
+def test_a_tokenizer_with_remote_code_is_refused(tmp_path: Path, checkpoint: Make) -> None:
+    model = copied(checkpoint("llama31"), tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    refused(tmp_path, TrustError, "tokenizer_config", model=str(model))
+
+
+def test_cut_weights_are_refused(tmp_path: Path, checkpoint: Make) -> None:
+    model = copied(checkpoint("llama31"), tmp_path / "model")
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path, InputError, "cannot be loaded", model=str(model))
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path, checkpoint: Make) -> None:
+    model = copied(checkpoint("llama31"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 112}))
+    refused(tmp_path, DearBatchError, "cannot be loaded|not complete", model=str(model))
+
+
+def test_a_scorer_is_no_listwise_model(tmp_path: Path, checkpoint: Make, adapter: Make) -> None:
+    match = "is a pointwise scorer"
+    model = str(checkpoint("llama31"))
+    refused(tmp_path, ConfigurationError, match, model=model, task="listwise")
+    base, lora = str(checkpoint("llama31", causal=True)), str(adapter("llama31"))
+    refused(tmp_path, ConfigurationError, match, model=base, adapter=lora, task="listwise")
+
+
+def test_a_bf16_base_is_merged_in_fp32(tmp_path: Path, checkpoint: Make, adapter: Make) -> None:
+    """In bf16 the adapter's small deltas would round away (trap 3)."""
+    base = copied(checkpoint("llama31", causal=True), tmp_path / "base")
+    halves = {k: v.bfloat16() for k, v in load_file(base / "model.safetensors").items()}
+    save_file(halves, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    lora = adapter("llama31")
+    bundle = open_bundle(export(tmp_path, model=str(base), adapter=str(lora)))
+    tensors = load_file(lora / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    delta = 2.0 * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    stored = load_file(bundle.folder / "onnx/weights.safetensors")[name].T
+    torch.testing.assert_close(stored, halves[name].float() + delta, atol=1e-6, rtol=0)
+    assert (stored - stored.bfloat16().float()).abs().max() > 1e-4

@@ -12,9 +12,9 @@ def candidate(
 
 
 def admit(
-    *lists: CandidateList, first_rows: dict[str, int | None] | None = None, **settings: bool
+    *lists: CandidateList, kept_rows: dict[str, int | None] | None = None, **settings: bool
 ) -> list[Admitted | Refusal]:
-    return list(Admission("in.parquet", first_rows or {}, **settings).admit(lists))
+    return list(Admission("in.parquet", kept_rows, **settings).admit(lists))
 
 
 def one(
@@ -77,22 +77,49 @@ def test_a_list_without_a_valid_candidate_is_counted_once() -> None:
     assert (query.reason, query.docid, query.candidates) == ("no_valid_candidates", None, 0)
 
 
-def test_of_repeated_qids_the_first_is_kept() -> None:
+def test_of_repeated_qids_the_planned_row_is_kept() -> None:
     lists = [one("q", "query", candidate("d"), row=row) for row in (3, 8)]
     lists.insert(1, one("other", "query", candidate("d"), row=5))
-    kept, _, refused = admit(*lists, first_rows={"q": 3})
+    refused, _, kept = admit(*lists, kept_rows={"q": 8})
     assert isinstance(kept, Admitted)
     assert isinstance(refused, Refusal)
-    assert (refused.reason, refused.row) == ("duplicate_qid", 8)
-    elsewhere = admit(lists[0], first_rows={"q": None})
+    assert (refused.reason, refused.row) == ("duplicate_qid", 3)
+    elsewhere = admit(lists[0], kept_rows={"q": None})
     assert isinstance(elsewhere[0], Refusal)
 
 
-def test_a_second_query_text_under_one_qid_is_refused() -> None:
-    kept, refused = admit(one("q", "a", candidate("d")), one("q", "b", candidate("e"), row=4))
+def test_a_bad_list_keeps_its_own_reason_under_a_repeated_qid() -> None:
+    empty, kept = admit(
+        one("q", "query"), one("q", "query", candidate("d"), row=4), kept_rows={"q": 4}
+    )
+    assert isinstance(empty, Refusal)
+    assert empty.reason == "empty_list"
     assert isinstance(kept, Admitted)
-    assert isinstance(refused, Refusal)
-    assert refused.reason == "duplicate_qid"
+
+
+@pytest.mark.parametrize("first_query", [None, "another"])
+def test_in_flat_files_one_bad_row_does_not_cost_the_query(first_query: str | None) -> None:
+    lists = [
+        one("q", first_query, candidate("a"), row=0),
+        one("q", "query", candidate("b"), candidate("c"), row=1),
+        one("next", "query", candidate("d"), row=3),
+    ]
+    found = list(Admission("in.parquet").admit_flat(lists))
+    refused = [item for item in found if isinstance(item, Refusal)]
+    kept = [item for item in found if isinstance(item, Admitted)]
+    assert [item.qid for item in kept] == ["q", "next"]
+    assert {r.reason for r in refused} == {"conflicting_query"}
+    assert all(r.docid is not None for r in refused)  # candidates, not queries
+    total = sum(len(item.candidates) for item in lists)
+    assert total == sum(len(item.candidates) for item in kept) + len(refused)
+    assert kept[0].query == ("query" if first_query is None else "another")
+
+
+def test_flat_rows_without_qid_are_one_query() -> None:
+    lists = [one(None, "a", candidate("a")), one(None, "b", candidate("b"), candidate("c"))]
+    found = list(Admission("in.parquet").admit_flat(lists))
+    assert [r.docid is None for r in found if isinstance(r, Refusal)].count(True) == 1
+    assert sum(r.candidates for r in found if isinstance(r, Refusal)) == 3
 
 
 @pytest.mark.parametrize("score", [None, float("nan"), float("inf")])
