@@ -27,6 +27,7 @@ from dear_batch.evaluate.evaluation import evaluate
 from dear_batch.run.ranking import rank
 
 BATCH = 16
+TOLERANCE = 1e-4
 MEASURES = ("nDCG@1", "nDCG@5", "nDCG@10")
 
 
@@ -155,6 +156,11 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=2))
     print(json.dumps(result))
+    if (
+        figures["dear_batch"] != figures["plain_pytorch"]
+        or result["max_abs_difference"] > TOLERANCE
+    ):
+        sys.exit("the two do not agree")
 
 
 if __name__ == "__main__":

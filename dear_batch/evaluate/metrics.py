@@ -119,14 +119,20 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise InputError("The file is not UTF-8 text.", where=str(path)) from error
 
 
+_NO_GRADE = 2**31  # trec_eval keeps grades in 32 bits
+
+
 def _judgement(columns: list[str], *, beir: bool, path: Path, number: int) -> tuple[str, str, int]:
     if len(columns) != len(_BEIR_HEADER if beir else ("qid", "0", "docid", "judgement")):
         raise _malformed(f"{len(columns)} columns", path, number, _VALID_QRELS)
     try:
-        return columns[0], columns[-2], int(columns[-1])
+        grade = int(columns[-1])
     except ValueError:
-        fault = f"{columns[-1]!r} is no whole number"
-        raise _malformed(fault, path, number, _VALID_QRELS) from None
+        grade = _NO_GRADE
+    if abs(grade) >= _NO_GRADE:
+        fault = f"{columns[-1][:20]!r} is no grade"
+        raise _malformed(fault, path, number, _VALID_QRELS)
+    return columns[0], columns[-2], grade
 
 
 def _score(text: str, path: Path, number: int) -> float:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from optimum.utils import NormalizedConfigManager
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from dear_batch.bundle import Task
+from dear_batch.errors import InputError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Graphs, tokenizer and manifest beside the weights; the working set of a parity batch.
@@ -36,10 +38,20 @@ def needs_from_config(config: dict[str, Any], task: Task, output: Path) -> Needs
     """Needs of an export of this config.
 
     The merge holds every parameter in fp32 (4 bytes); a pointwise bundle stores them once in
-    fp32, a listwise one in the checkpoint's own dtype.
+    fp32, a listwise one in the checkpoint's own dtype. The gate's engine takes as much memory
+    as the model, which is gone by then.
+
+    Raises:
+        InputError: the config is not one of a Llama model.
     """
     auto = AutoModelForSequenceClassification if task == "pointwise" else AutoModelForCausalLM
-    settings = LlamaConfig(**{**config, "num_labels": 1})
+    try:
+        settings = LlamaConfig(**{**config, "num_labels": 1})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise InputError(
+            f"config.json does not describe a Llama model: {str(error).splitlines()[0]}.",
+            next_step="fetch the checkpoint again",
+        ) from error
     with torch.device("meta"):
         parameters = sum(p.numel() for p in auto.from_config(settings).parameters())
     stored = 4 if task == "pointwise" else BYTES[checkpoint_dtype(config)]

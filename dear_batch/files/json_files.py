@@ -56,7 +56,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Record]]:
 def _record(line: bytes, where: str) -> Record:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"Malformed JSON: {error}.", where=where) from error
     if not isinstance(record, dict):
         raise InputError(
@@ -106,6 +106,8 @@ class _ArrayReader:
                     continue
                 self._line += error.lineno - 1
                 raise self._error(f"Malformed or cut JSON: {error.msg}") from error
+            except RecursionError as error:
+                raise self._error("JSON nested too deeply") from error
             if not isinstance(item, dict):
                 raise self._error("Not a JSON object")
             self._advance(end)

@@ -4,6 +4,7 @@ Each reader streams and names the file and line (or item) of what it cannot read
 nothing of what the columns are for: a `Field` says under which names one may be found.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def value(record: Record, field: Field, where: str) -> str | float | None:
     if isinstance(found, int) and not isinstance(found, bool) and field.kind is IDENTIFIER:
         return str(found)
     if isinstance(found, int | float) and not isinstance(found, bool) and field.kind is SCORE:
-        return float(found)
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            return float(found)
     if found is None:
         return None
     raise InputError(
@@ -144,6 +146,7 @@ _RUN_COLUMNS: list[tuple[str, Any]] = [
     ("score", pa.float64()),
 ]
 RUN_SCHEMA = pa.schema(_RUN_COLUMNS)
+_MAX_RANK = 2**63 - 1
 
 
 def run_batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -165,7 +168,7 @@ def _run_line(line: bytes, where: str) -> tuple[str, str, int, float]:
         parsed = qid.decode(), docid.decode(), int(rank), float(score)
     except ValueError as error:
         raise _malformed(where, line) from error
-    if not math.isfinite(parsed[3]):
+    if not math.isfinite(parsed[3]) or abs(parsed[2]) > _MAX_RANK:
         raise _malformed(where, line)
     return parsed
 
