@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from dear_batch import __version__
-from dear_batch.errors import ConfigurationError, DearBatchError, UsageError
+from dear_batch.errors import ConfigurationError, DearBatchError, InputError, UsageError
 
 EXAMPLES = {
     "convert": """
@@ -208,12 +208,21 @@ def score(bundle: Path, query: str, documents: tuple[str, ...], device: str, eng
     """Score documents against a query, best first; `-` reads a document a line from stdin."""
     from dear_batch.api import Reranker
 
-    texts: list[str] = []
-    for document in documents:
-        texts += sys.stdin.read().rstrip("\n").split("\n") if document == "-" else [document]
+    texts = [text for d in documents for text in (_stdin_lines() if d == "-" else [d])]
+    if not texts:
+        raise UsageError("There is no document on stdin.", valid="a document a line")
     reranker = Reranker.load(bundle, engine=engine, device=device)
     for item in reranker.rerank(query, texts):
         _outcome({"score": item.score, "index": item.index, "document": item.document})
+
+
+def _stdin_lines() -> list[str]:
+    """Lines of stdin; only newlines part them, since passages hold other separators."""
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"The documents on stdin are not UTF-8 text: {error}.") from error
+    return text.rstrip("\n").split("\n") if text else []
 
 
 @main.command("verify-reference")

@@ -130,7 +130,7 @@ def _judgement(columns: list[str], *, beir: bool, path: Path, number: int) -> tu
     except ValueError:
         grade = _NO_GRADE
     if abs(grade) >= _NO_GRADE:
-        fault = f"{columns[-1][:20]!r} is no grade"
+        fault = f"{columns[-1][:20]!r} is no whole number of 32 bits"
         raise _malformed(fault, path, number, _VALID_QRELS)
     return columns[0], columns[-2], grade
 

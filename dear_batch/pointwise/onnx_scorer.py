@@ -4,7 +4,7 @@ Two graphs: `packed.onnx` takes packed rows; `model.onnx` takes one padded pair 
 serves `final-position` pooling, which reads a padding token.
 """
 
-import sys
+import io
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,9 @@ from dear_batch.pointwise.rows import Batch, Layout, packed_arrays, padded_array
 
 if TYPE_CHECKING:
     from dear_batch.bundle import Bundle
+
+# A provider that cannot be loaded is told by an error of ours, not by lines of the library's log.
+ort.set_default_logger_severity(4)
 
 # (row_tokens, batch_tokens). On CPU one row a call never pads. On a GPU a call must be large to
 # fill it. A throughput benchmark has yet to choose both.
@@ -92,9 +95,10 @@ def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:
     if cuda is None:
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         return session, "cpu"
-    # CUDA libraries that were installed by pip are not on the loader's path; what is missing
-    # is printed to stdout, which belongs to the outcome.
-    with redirect_stdout(sys.stderr):
+    # CUDA libraries that were installed by pip are not on the loader's path. What is missing
+    # would be printed to stdout; it goes into the error instead.
+    missing = io.StringIO()
+    with redirect_stdout(missing):
         ort.preload_dlls()
     # TF32, the default, keeps 10 bits of fp32: the parity gate promises all.
     settings = {"device_id": cuda, "use_tf32": 0}
@@ -106,6 +110,7 @@ def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:
         return session, "cpu"
     raise ConfigurationError(
         f"ONNX Runtime could not use CUDA for --device {device}.",
+        where=missing.getvalue().partition("\n")[0],
         valid="--device cpu, or a machine with an NVIDIA driver and CUDA libraries",
         next_step='python -c "import onnxruntime as o; print(o.get_available_providers())"',
     )

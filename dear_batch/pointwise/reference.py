@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 ReferenceName = Literal["8b-ce", "8b-ranknet", "3b-ce", "3b-ranknet"]
 
 QUERY = "When did Thomas Edison invent the light bulb?"
@@ -53,8 +55,8 @@ def name_from_id(checkpoint: str) -> ReferenceName | None:
 def judge(name: ReferenceName, scores: Sequence[float]) -> Verdict:
     """Compare scores, one a document in order, with the printed ones."""
     expected = SCORES[name]
-    difference = max(abs(a - b) for a, b in zip(scores, expected, strict=True))
-    same_best = scores.index(max(scores)) == expected.index(max(expected))
+    difference = float(np.abs(np.subtract(scores, expected)).max())  # NaN stays NaN
+    same_best = int(np.argmax(scores)) == int(np.argmax(expected))
     return Verdict(
         name, tuple(scores), expected, difference, same_best, difference <= TOLERANCE and same_best
     )

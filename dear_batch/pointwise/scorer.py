@@ -41,12 +41,19 @@ def score_pairs(
     pairs: Sequence[EncodedPair],
     seen: Callable[[Batch], None] = lambda _batch: None,
 ) -> NDArray[np.float32]:
-    """Plan pairs together and score them, scores_N in their order; `seen` is told each batch."""
+    """Plan pairs together and score them, scores_N in their order; `seen` is told each batch.
+
+    Equal pairs are scored once: at two places of a row the same ids differ in the last bits,
+    and copies of a passage would not tie.
+    """
+    ids = [(pair.prefix_ids.tobytes(), pair.document_ids.tobytes()) for pair in pairs]
+    first_of = {key: n for n, key in reversed(list(enumerate(ids)))}
+    distinct = sorted(first_of.values())
     scores_N = np.full(len(pairs), np.nan, np.float32)
-    for batch in batches(pairs, scorer.layout):
-        scores_N[batch.documents] = scorer.score(batch)
+    for batch in batches([pairs[n] for n in distinct], scorer.layout):
+        scores_N[[distinct[d] for d in batch.documents]] = scorer.score(batch)
         seen(batch)
-    return scores_N
+    return scores_N[[first_of[key] for key in ids]]
 
 
 def open_scorer(

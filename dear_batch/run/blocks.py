@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(slots=True)
 class Work:
-    """What was scored, in pairs and tokens. `computed_tokens` includes padding."""
+    """What was scored: pairs, and the tokens of the distinct ones; computed ones with padding."""
 
     pairs: int = 0
     truncated_pairs: int = 0
@@ -72,15 +72,17 @@ def score_block(
     `advance` is told the share of the block's pairs that is done, after each batch.
     """
     pairs = [pair for pairs in block.pairs for pair in pairs]
-    scored_before = work.pairs
+    scored = 0
 
     def count(batch: Batch) -> None:
-        work.pairs += len(batch.documents)
+        nonlocal scored
+        scored += len(batch.documents)
         work.tokens += batch.tokens
         work.computed_tokens += len(batch.rows) * batch.length
-        advance((work.pairs - scored_before) / len(pairs))
+        advance(scored / len(pairs))
 
     values = iter(score_pairs(scorer, pairs, count).tolist())
+    work.pairs += len(pairs)
     work.truncated_pairs += sum(pair.truncated for pair in pairs)
     return [
         _scored(item, [next(values) for _ in encoded])

@@ -93,6 +93,7 @@ class _Job:
                         self._set_aside(refusal)
                     for scored in scored_lists:
                         self._finish(scored, name, write)
+                self._advance(queries.written + queries.quarantined, block, 0)
 
     def _advance(self, queries_before: int, block: Block, share: float) -> None:
         self.advance(queries_before + share * len(block.lists))

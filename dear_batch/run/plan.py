@@ -238,6 +238,9 @@ def check_folder(folder: Path) -> None:
         raise OutputError(f"The output {folder} cannot be made: {error.strerror}.") from error
     if is_other and not folder.is_dir():
         raise OutputError(f"The output {folder} is not a folder.", valid="a new or empty folder")
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise OutputError(f"The output {folder} cannot be made: {above} is not a folder.")
     if folder.is_dir() and not (folder / "plan.json").is_file() and any(folder.iterdir()):
         raise OutputError(
             f"The output folder {folder} is not empty and not ours: it has no plan.json.",
