@@ -143,8 +143,9 @@ def test_scores_land_on_their_documents(layout: Layout, depth: int | None) -> No
 
 
 def test_the_work_is_counted() -> None:
-    long = Candidate("long", "", " ".join(collection_texts()[:9]), None)
-    items = [admitted(0, 3), Admitted("q", "who?", (long, long), (1, 2))]
+    texts = (" ".join(collection_texts()[k : k + 9]) for k in range(2))
+    long = tuple(Candidate(f"long{k}", "", text, None) for k, text in enumerate(texts))
+    items = [admitted(0, 3), Admitted("q", "who?", long, (1, 2))]
     (block,) = blocks(items, ENCODER, None)
     assert [pair.truncated for pair in block.pairs[1]] == [True, True]
     padded, packed = Work(), Work()
@@ -158,6 +159,37 @@ def test_the_work_is_counted() -> None:
     assert padded.computed_tokens == 5 * 228
     assert packed.tokens < padded.tokens  # a shared prefix is counted once
     assert packed.tokens <= packed.computed_tokens
+
+
+def test_copies_are_scored_once_and_counted_each() -> None:
+    text = collection_texts()[0]
+    copies = tuple(Candidate(f"d{k}", "", text if k % 2 else f"{text} {k}", None) for k in range(8))
+    item = Admitted("q", "who?", copies, tuple(range(1, 9)))
+    (block,) = blocks([item], ENCODER, None)
+    work, shares = Work(), list[float]()
+    (scored,) = score_block(block, FakeScorer(LAYOUTS[3]), work, shares.append)
+    assert [c.logit for c in scored.candidates] == expected(item, None)
+    assert (work.pairs, work.computed_tokens) == (8, 5 * 228)
+    assert shares == sorted(shares)
+    assert 0 < shares[-1] <= 1
+
+
+def test_copies_are_scored_once_and_tie_exactly() -> None:
+    text = Candidate("a", "", collection_texts()[0], None)
+    copies = tuple(Candidate(f"d{i}", "", text.text, None) for i in range(4))
+    (block,) = blocks(
+        [Admitted("q", "who?", (*copies, *admitted(0, 3).candidates), tuple(range(1, 8)))],
+        ENCODER,
+        None,
+    )
+    work = Work()
+    shares: list[float] = []
+    (scored,) = score_block(block, FakeScorer(LAYOUTS[3]), work, shares.append)
+    assert len({c.logit for c in scored.candidates[:4]}) == 1
+    distinct = {pair.input_ids().tobytes(): len(pair) for pair in block.pairs[0]}
+    assert work.pairs == 7
+    assert work.tokens == sum(distinct.values())
+    assert len(distinct) < 7
 
 
 # Reading ahead.

@@ -4,7 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dear_batch import Reranker
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import DearBatchError, InputError, OutputError
+from dear_batch.files.durable import scratch_folder
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
 from dear_batch.pointwise.rows import Batch
 from dear_batch.pointwise.scorer import Scorer, open_scorer
@@ -243,15 +244,20 @@ def test_the_report_counts_everything(published: Path, bundle: Make, rows: list[
     assert parts <= report["seconds"]["total"] + 0.01
 
 
-def test_progress_ends_at_the_number_of_queries(
+def test_progress_grows_and_ends_at_the_number_of_queries(
     bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "ENCODE_LISTS", 2)
     monkeypatch.setattr(blocks, "BLOCK_PAIRS", 2 * SIZE)
-    calls: list[tuple[int, int]] = []
-    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:5]))
+    rows[1]["query"] = rows[4]["query"] = rows[5]["query"] = ""
+    calls: list[tuple[float, int]] = []
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:6]))
     run_job(spec, lambda done, total: calls.append((done, total)))
-    assert calls == [(2, 5), (4, 5), (5, 5)]
+    done = [call[0] for call in calls]
+    assert {call[1] for call in calls} == {6}
+    assert done == sorted(done)
+    assert 0 < done[0] < 2  # within the first block already
+    assert done[-1] == 6
 
 
 def test_equal_scores_keep_first_stage_order_and_are_written_apart(
@@ -265,6 +271,16 @@ def test_equal_scores_keep_first_stage_order_and_are_written_apart(
         row["qid"]: [c["docid"] for c in row["candidates"]] for row in rows[:2]
     }
     assert set(logits(tmp_path / "out").values()) == {1.5}
+
+
+def test_copies_of_a_passage_keep_first_stage_order(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    """Packed at different places of a row, the same tokens score apart in the last bits."""
+    copies = [{**rows[0]["candidates"][2], "docid": f"d{k:02}"} for k in reversed(range(30))]
+    row = {**rows[0], "candidates": copies}
+    run_job(job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", [row])))
+    assert order(tmp_path / "out") == {"q0": [c["docid"] for c in copies]}
 
 
 def test_the_tag_is_the_last_column(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
@@ -539,12 +555,32 @@ def test_a_flat_query_under_two_texts_keeps_the_first(
     path = flat(tmp_path / "in.parquet", candidates)
     report = run_job(job(bundle("llama31"), tmp_path / "out", path))
     (refusal,) = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
-    assert (refusal["reason"], refusal["row"], refusal["qid"]) == ("duplicate_qid", 4, "q0")
+    kinds = ("reason", "row", "qid", "docid", "candidates")
+    expected = ("conflicting_query", 4, "q0", candidates[4]["docid"], 1)
+    assert tuple(refusal[kind] for kind in kinds) == expected
+    assert report["queries"] == {"read": 2, "written": 2, "quarantined": 0}
     assert report["candidates"] == {
         "read": 2 * SIZE,
         "written": 2 * SIZE - 1,
         "quarantined": 1,
     }
+
+
+def test_of_repeated_lists_the_first_that_can_be_scored_is_kept(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    other = {**rows[0], "candidates": rows[1]["candidates"]}
+    inputs = [{**rows[0], "query": None}, rows[2], rows[0]], [other, rows[3]]
+    paths = [nested(tmp_path / f"{i}.parquet", lists) for i, lists in enumerate(inputs)]
+    report = run_job(job(bundle("llama31"), tmp_path / "out", *paths))
+    refusals = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    assert [(r["path"], r["row"], r["reason"]) for r in refusals] == [
+        (paths[0], 0, "empty_query"),
+        (paths[1], 0, "duplicate_qid"),
+    ]
+    whole = order(published)
+    assert order(tmp_path / "out") == {qid: whole[qid] for qid in ("q0", "q2", "q3")}
+    assert report["queries"] == {"read": 5, "written": 3, "quarantined": 2}
 
 
 def test_regrouped_refusals_name_the_inputs_but_no_row(
@@ -716,6 +752,35 @@ def test_a_refused_job_makes_no_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         run_job(job(tmp_path / "no-bundle", tmp_path / "a" / "b", str(tmp_path / "no.parquet")))
     assert names(tmp_path) == set()
+
+
+def test_a_job_makes_its_folder_and_those_above(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    path = nested(tmp_path / "in.parquet", rows[:1])
+    run_job(job(bundle("llama31"), tmp_path / "a" / "b", path))
+    assert names(tmp_path / "a" / "b") == PUBLISHED
+    assert names(tmp_path) == {"a", "in.parquet"}
+    assert names(tmp_path / "a") == {"b"}
+
+
+def test_the_working_folder_may_be_the_output(
+    bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--output .`: its scratch lies beside it, on its disk, and not a level higher."""
+    path = nested(tmp_path / "in.parquet", rows[:1])
+    beside: list[Path] = []
+
+    def seen(place: Path) -> AbstractContextManager[Path]:
+        beside.append(place)
+        return scratch_folder(place)
+
+    monkeypatch.setattr(local, "scratch_folder", seen)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    run_job(job(bundle("llama31"), Path(), path))
+    assert names(tmp_path / "out") == PUBLISHED
+    assert [place.parent for place in beside] == [tmp_path]
 
 
 # Engines and recipes.
