@@ -27,7 +27,7 @@ def inspect_path(path: Path) -> RenderableType:
         return _bundle(path)
     if (path / "plan.json").is_file():
         return _output(path)
-    if path.is_file() and path.suffix == ".parquet":
+    if path.is_file():
         return _parquet(path)
     raise InputError(
         f"{path} is not something that dear-batch wrote or reads.",
@@ -145,7 +145,7 @@ def _output(path: Path) -> RenderableType:
         "set aside": ", ".join(f"{n:,} {why}" for why, n in report["quarantine_reasons"].items())
         or "nothing",
         "truncated pairs": report["truncated_pairs"],
-        "tokens": f"{report['tokens']:,} at {report['tokens_per_second']}/s",
+        "tokens": f"{report['tokens']:,} at {report['tokens_per_second'] or 0:,.0f}/s",
         "padding share": f"{report['padding_share']:.2%}",
         "seconds": ", ".join(f"{stage} {s}" for stage, s in report["seconds"].items()),
     }

@@ -44,9 +44,10 @@ class TorchScorer:
         """Load the bundle's weights; `auto` takes CUDA where there is one."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif device != "cpu" and not torch.cuda.is_available():
+        elif device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
             raise ConfigurationError(
-                f"PyTorch finds no GPU for --device {device}.", valid="--device cpu"
+                f"PyTorch finds no GPU for --device {device}.",
+                valid=f"--device cpu, or one of {torch.cuda.device_count()} GPUs",
             )
         return cls(model_from_bundle(bundle), bundle.recipe, device)
 

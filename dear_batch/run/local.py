@@ -40,7 +40,7 @@ def run_job(spec: JobSpec, advance: Advance = lambda _done, _total: None) -> dic
     tally = Tally()
     # A refused job makes no folders: its scratch lies where folders exist already.
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    with tally.timed("total"), scratch_folder(place / folder.name) as scratch:
+    with tally.timed("total"), scratch_folder(place / folder.absolute().name) as scratch:
         with tally.timed("plan"):
             plan = plan_job(spec, scratch)
         with tally.timed("load"):

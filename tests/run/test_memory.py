@@ -99,7 +99,7 @@ def peak_mb(*arguments: str) -> float:
     return int(done.stderr.splitlines()[-1]) * 1024 / 1e6
 
 
-# Scoring every pair takes about 15 minutes and holds less: a block is counted in scored pairs,
+# Scoring every pair takes an hour and more, and holds less: a block is counted in scored pairs,
 # so the smaller the depth, the more unscored candidates it holds. At depth 1 that is a shard;
 # depth 10 calls the model ten times as often.
 @pytest.mark.parametrize("depth", [1, 10])
