@@ -69,6 +69,16 @@ def _fail(error: DearBatchError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+def _need(options: Mapping[str, object]) -> None:
+    missing = [name for name, value in options.items() if not value]
+    if missing:
+        raise UsageError(
+            f"Missing: {', '.join(missing)}.",
+            valid=f"a SPEC.toml, or all of: {', '.join(options)}",
+            next_step="the same command with --help",
+        )
+
+
 def _outcome(fields: Mapping[str, Any]) -> None:
     click.echo(json.dumps(fields, ensure_ascii=False))
 
@@ -76,7 +86,7 @@ def _outcome(fields: Mapping[str, Any]) -> None:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dear-batch")
 def main() -> None:
-    r"""Offline reranking of large candidate sets with DeAR rerankers.
+    """Offline reranking of large candidate sets with DeAR rerankers.
 
     \b
     A job, end to end:
@@ -84,21 +94,23 @@ def main() -> None:
       dear-batch export export/dear-3b-ce.toml
       dear-batch run --input candidates.parquet --bundle bundles/dear-3b-ce --output runs/one
       dear-batch evaluate qrels.txt runs/one/run.trec
-    """
+    """  # noqa: D301 - click reads \b
 
 
 @main.command(epilog=EXAMPLES["convert"])
 @click.argument("form", metavar="FORMAT", type=click.Choice(["rankgpt", "tevatron", "beir"]))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IN...")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Parquet file to write."
+)
 def convert(form: str, inputs: tuple[Path, ...], output: Path) -> None:
-    r"""Turn candidate lists of another format into the Parquet that `run` reads.
+    """Turn candidate lists of another format into the Parquet that `run` reads.
 
     \b
     rankgpt   JSON: [{query, hits: [{content, qid, docid, rank, score}]}]
     tevatron  JSONL: query_id, query, docid, title, text (score), a line a candidate
     beir      FOLDER RUN, or QUERIES CORPUS RUN: texts joined to a TREC run file
-    """
+    """  # noqa: D301 - click reads \b
     from dear_batch.files import convert as converters
 
     functions: dict[str, Callable[..., Any]] = {
@@ -134,6 +146,13 @@ def export(spec: Path | None, dry_run: bool, **options: str | None) -> None:
     from dear_batch.show import needs_table, steps
     from dear_batch.specs import ExportSpec, load_spec
 
+    if spec is None:
+        _need(
+            {
+                "--model or --adapter": options["model"] or options["adapter"],
+                "--output": options["output"],
+            }
+        )
     parsed = load_spec(spec, ExportSpec, options)
     from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
 
@@ -180,6 +199,9 @@ def run(spec: Path | None, **options: Any) -> None:
 
     overrides = {name.replace("__", "."): value for name, value in options.items()}
     try:
+        if spec is None:
+            needed = {"--input": "input.paths", "--bundle": "pointwise.bundle"}
+            _need({k: overrides[v] for k, v in {**needed, "--output": "output.folder"}.items()})
         parsed = load_spec(spec, JobSpec, overrides)
         from dear_batch.run.local import run_job
 
@@ -236,7 +258,7 @@ def _stdin_lines() -> list[str]:
     help="Which printed scores; by default from the checkpoint's name.",
 )
 def verify_reference(checkpoint: str, scores: Any, **options: Any) -> None:
-    r"""Score the DeAR README's example and compare with the scores printed there.
+    """Score the DeAR README's example and compare with the scores printed there.
 
     CHECKPOINT is a bundle, a local folder or a hub id. A checkpoint runs in PyTorch bf16 as
     the README does; a bundle runs in its own engine.
@@ -244,7 +266,7 @@ def verify_reference(checkpoint: str, scores: Any, **options: Any) -> None:
     \b
     Example:
       dear-batch verify-reference abdoelsayed/dear-3b-reranker-ce-v1
-    """
+    """  # noqa: D301 - click reads \b
     from dear_batch.export.verify_reference import verify
     from dear_batch.pointwise.reference import TOLERANCE
     from dear_batch.show import verdict_table
@@ -304,14 +326,14 @@ def evaluate(
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 def inspect(path: Path) -> None:
-    r"""Show what a bundle, a Parquet file or an output folder holds, on one screen.
+    """Show what a bundle, a Parquet file or an output folder holds, on one screen.
 
     \b
     Examples:
       dear-batch inspect bundles/dear-3b-ce
       dear-batch inspect candidates.parquet
       dear-batch inspect runs/tonight
-    """
+    """  # noqa: D301 - click reads \b
     from dear_batch.inspection import inspect_path
     from dear_batch.show import show
 

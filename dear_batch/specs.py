@@ -192,9 +192,16 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"The spec cannot be read: {error.strerror}.", where=str(path)) from error
+        raise UsageError(
+            f"The spec cannot be read: {error.strerror}.", where=str(path), valid="a TOML file"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UsageError("The spec is not UTF-8 text.", where=str(path)) from error
+        raise UsageError(
+            "The spec is not UTF-8 text.",
+            where=str(path),
+            valid="a TOML file",
+            next_step="candidates go to --input",
+        ) from error
     except tomllib.TOMLDecodeError as error:  # its text ends with the line and column
         raise UsageError(f"The spec is not valid TOML: {error}.", where=str(path)) from error
 

@@ -63,17 +63,19 @@ def step(text: str) -> None:
 
 def run_python(script: Path, *arguments: Path) -> None:
     """Run a script of this folder with this interpreter."""
-    subprocess.run([sys.executable, script, *arguments], check=True)
+    quiet = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, script, *arguments], check=True, env=os.environ | quiet)
 
 
 def dear_batch(*arguments: object) -> None:
     """Run the command as a user would, and show it."""
     words = [str(a.relative_to(ROOT)) if isinstance(a, Path) else str(a) for a in arguments]
-    console.print(f"$ dear-batch {shlex.join(words)}", style="cyan")
+    console.print(f"$ dear-batch {shlex.join(words)}", style="cyan", soft_wrap=True)
     command = [sys.executable, "-m", "dear_batch", *words]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     # The last line is JSON for programs.
-    print("\n".join(line for line in output.splitlines() if not line.startswith("{")), flush=True)
+    shown = [line for line in output.splitlines() if line.strip() and not line.startswith("{")]
+    print("\n".join(shown) + "\n" * bool(shown), end="", flush=True)
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -43,6 +43,8 @@ def test_every_command_has_help_with_an_example() -> None:
         text = command.get_help(click.Context(command, info_name=name))
         assert "Example" in text, name
         assert f"dear-batch {name}" in text, name
+        assert r"\b" not in text, name
+    assert r"\b" not in main.get_help(click.Context(main, info_name="dear-batch"))
 
 
 def test_the_tree_names_every_module() -> None:

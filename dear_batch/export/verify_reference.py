@@ -38,19 +38,19 @@ def verify(
     """
     if (Path(checkpoint) / MANIFEST).is_file():
         source = open_bundle(checkpoint, verify=False).manifest.source
-        name = scores or _name(source.adapter or source.model)
+        name = scores or _name(source.adapter or source.model, checkpoint)
         reranker = Reranker.load(checkpoint)
     else:
-        name = scores or _name(adapter or checkpoint)
+        name = scores or _name(adapter or checkpoint, checkpoint)
         reranker = _from_checkpoint(checkpoint, revision, adapter, adapter_revision)
     return judge(name, reranker.score(QUERY, DOCUMENTS))
 
 
-def _name(checkpoint: str) -> ReferenceName:
-    name = name_from_id(checkpoint)
+def _name(trained_as: str, checkpoint: str) -> ReferenceName:
+    name = name_from_id(trained_as)
     if name is None:
         raise UsageError(
-            f"The name {checkpoint!r} does not tell which printed scores it should match.",
+            f"The name {trained_as!r} does not tell which printed scores it should match.",
             valid=", ".join(SCORES),
             next_step=f"dear-batch verify-reference {checkpoint} --scores 8b-ce",
         )
