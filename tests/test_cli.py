@@ -559,9 +559,9 @@ def test_a_spec_with_a_fault_is_refused(line: str, match: str, tmp_path: Path) -
     ("arguments", "match"),
     [
         (("run", "no.toml"), "cannot be read"),
-        (("run", "--bundle", "b", "--output", "o"), "'input' is missing"),
-        (("run", "--input", "in.parquet", "--output", "o"), "'pointwise' is missing"),
-        (("export", "--output", "o"), "nothing to export"),
+        (("run", "--bundle", "b", "--output", "o"), "Missing: --input"),
+        (("run", "--input", "in.parquet", "--output", "o"), "Missing: --bundle"),
+        (("export", "--output", "o"), "Missing: --model or --adapter"),
         (("export", "no.toml"), "cannot be read"),
         (("inspect", "nothing-here"), "does not exist"),
     ],
@@ -592,7 +592,7 @@ def test_clicks_own_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None
     [
         (("convert", "rankgpt", "no.json", "-o", "out.parquet"), "no.json"),
         (("evaluate", "no-qrels.txt", "no-run.trec"), "no-qrels.txt"),
-        (("inspect", "{}/notes.txt"), "not something"),
+        (("inspect", "{}/notes.txt"), "not a Parquet file"),
     ],
 )
 def test_missing_or_foreign_files_are_bad_input(
