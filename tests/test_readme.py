@@ -4,6 +4,7 @@ import re
 import shlex
 import tomllib
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -25,7 +26,8 @@ def test_every_command_line_parses(line: str) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
     command = main.commands[name]
     arguments = [argument.replace("SPEC", "SPEC.toml") for argument in arguments]
-    with command.make_context(name, arguments, resilient_parsing=False) as context:
+    parent = click.Context(main, help_option_names=["-h", "--help"])
+    with command.make_context(name, arguments, parent=parent) as context:
         assert context.params
 
 
