@@ -37,9 +37,8 @@ def test_scores_equal_the_readme_recipe_on_a_real_collection(
     from dear_batch.specs import ExportSpec
 
     spec = ExportSpec(model=str(base), adapter=str(ADAPTER), output=str(tmp_path / "bundle"))
-    plan = Plan(spec)
-    assert plan.base_checked_by == "name"
-    bundle = bundle_from_checkpoint(plan, lambda _step: None)
+    bundle = bundle_from_checkpoint(Plan(spec), lambda _step: None)
+    assert bundle.manifest.source.base_checked_by == "name"
     lists = json.loads((data_folder / "noveleval/google-top20.rankgpt.json").read_text())[:3]
     expected = readme_scores(str(base), str(ADAPTER), lists)
     reranker = Reranker.load(bundle.folder)
