@@ -1,10 +1,13 @@
 """The types that flow through a job, in order. Knows nothing of files or models.
 
-`Shard` → `CandidateList` → (token ids, rows) → scores → `ScoredList` → `Ranking` → `RunLine`.
-What is set aside on the way is a `Refusal`.
+`Shard` → `CandidateList` → (token ids, rows) → scores → `ScoredList` → `Ranking` → (stage 2:
+`Window` → `Permutation` → `Ranking`) → `RunLine`. What is set aside on the way is a `Refusal`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+WindowStatus = Literal["ok", "truncated", "kept", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,43 @@ class Ranking:
 
     qid: str
     entries: tuple[Ranked, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The places `start` to `end` (exclusive, from 0) of one query's present order."""
+
+    qid: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Permutation:
+    """What the listwise model made of one window.
+
+    `order[i]` is the place within the window (from 0) of the passage that comes i-th.
+    `status`: ok; truncated (reasoning ran into its limit or stopped unclosed, the answer was
+    forced from there); kept (a single passage: the model was not asked); failed (`detail` says
+    why; `order` is the identity, as for kept). `logprobs[i]` is the natural log-probability of
+    the i-th choice among what the answer grammar left, 0 for the last one; NaN where the model
+    chose nothing. `text` is all that the model wrote, reasoning first. `overruled` counts the
+    choices at which the model's own greedy token broke the grammar.
+    """
+
+    window: Window
+    order: tuple[int, ...]
+    status: WindowStatus
+    logprobs: tuple[float, ...]
+    text: str = ""
+    detail: str = ""
+    prompt_sha256: str = ""
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    forwards: int = 0
+    overruled: int = 0
+    cut_passages: int = 0
+    shortened_passages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

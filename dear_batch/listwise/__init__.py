@@ -1,0 +1,1 @@
+"""Stage 2: prompts, windows and permutation decoding with a causal language model."""
