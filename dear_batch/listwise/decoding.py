@@ -1,0 +1,176 @@
+"""Permutation decoding: a batch of windows answers in step, greedily under the grammar.
+
+Prompts are read without padding where that is fast, then each forward takes every row to its
+next choice; rows leave when their order is decided. Knows nothing of queries or passages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dear_batch.listwise.model import LanguageModel
+from dear_batch.listwise.reasoning import Reasoning
+from dear_batch.listwise.writing import Choice, Logits, Speller, Writer
+
+Ids = NDArray[np.int32]
+SPARE_SLOTS = 16  # slots allotted for each identifier; more are made when a batch runs out
+GREEDY_ROWS = 256  # states that go through the whole output layer at once
+
+
+@dataclass(slots=True)
+class Row:
+    """A sequence of the batch: reasoning, where it has some, then its answer.
+
+    `position` is that of the next token fed. The writer must have begun, or reasoning be there.
+    """
+
+    prompt: Ids
+    writer: Writer
+    reasoning: Reasoning | None = None
+    position: int = 0
+    forwards: int = 0
+    overruled: int = 0
+    is_reasoning: bool = False
+
+    def __post_init__(self) -> None:
+        """Reasoning comes first."""
+        self.is_reasoning = self.reasoning is not None
+
+    @property
+    def feed(self) -> list[int]:
+        """The tokens of the next forward."""
+        return self.reasoning.feed if self.is_reasoning and self.reasoning else self.writer.feed
+
+    def reason(self, token: int) -> int:
+        """Take the model's next token of the reasoning; one token of the feed stands."""
+        assert self.reasoning is not None
+        self.is_reasoning = not self.reasoning.take(token)
+        return 1
+
+
+class PermutationDecoder:
+    """Decodes batches with one model.
+
+    Legend: R rows, T tokens of a forward, S slots, H hidden size, V vocabulary of answers.
+    """
+
+    def __init__(self, model: LanguageModel, speller: Speller, prefill_tokens: int) -> None:
+        self._model = model
+        self._speller = speller
+        self._prefill_tokens = prefill_tokens
+        self._head_VH = model.head(speller.vocabulary.ids)
+        self.forwards = 0
+
+    @torch.inference_mode()
+    def decode(self, rows: Sequence[Row]) -> None:
+        """Write all answers; each row's writer then holds its own."""
+        self._speller.forget()
+        active = sorted(rows, key=lambda row: len(row.prompt))
+        longest = max(len(row.prompt) + len(row.feed) for row in rows)
+        slots = longest + SPARE_SLOTS * max(len(row.writer.state.unused) for row in rows)
+        self._model.begin(len(rows), slots)
+        self._seen_RS = torch.zeros((len(rows), slots), dtype=torch.bool, device=self._model.device)
+        self._choices: list[tuple[Row, Choice]] = []
+        self._states: list[torch.Tensor] = []
+        self._read(active)
+        while self._without_done(active):
+            self._step(active)
+        self._count_overruled()
+        self._model.end()
+
+    def _read(self, rows: Sequence[Row]) -> None:
+        """Prompts of similar lengths together, as many as the budget holds."""
+        start = 0
+        while start < len(rows):
+            end = start + 1
+            while end < len(rows) and (end + 1 - start) * len(rows[end].prompt) <= (
+                self._prefill_tokens
+            ):
+                end += 1
+            self._read_group(rows[start:end], start)
+            start = end
+        self._model.cache.used = max(len(row.prompt) + len(row.feed) for row in rows)
+
+    def _read_group(self, rows: Sequence[Row], first: int) -> None:
+        prompts = [[*row.prompt.tolist(), *row.feed[1:]] for row in rows]
+        hidden_RTH = self._model.read_prompts(first, prompts)
+        starts = [len(row.prompt) - 1 for row in rows]
+        tails = [hidden_RTH[i, start:] for i, start in enumerate(starts)]
+        for i, (row, kept) in enumerate(zip(rows, self._accept(rows, tails), strict=True)):
+            row.position = starts[i] + kept
+            self._seen_RS[first + i, : row.position] = True
+
+    def _without_done(self, active: list[Row]) -> bool:
+        """Let rows leave: the last active row takes the place."""
+        for place in reversed(range(len(active))):
+            if active[place].writer.done:
+                last = active.pop()
+                if place < len(active):
+                    active[place] = last
+                    self._model.cache.move(len(active), place)
+                    self._seen_RS[place] = self._seen_RS[len(active)]
+        return bool(active)
+
+    def _step(self, rows: Sequence[Row]) -> None:
+        tokens = max(len(row.feed) for row in rows)
+        ids_RT = torch.zeros((len(rows), tokens), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids_RT[i, : len(row.feed)] = torch.tensor(row.feed)
+        positions_RT = torch.tensor([[row.position] for row in rows]) + torch.arange(tokens)
+        used = self._model.cache.used
+        hidden_RTH = self._model.step(ids_RT, positions_RT, self._seen(len(rows), tokens, used))
+        kept_R = self._accept(rows, list(hidden_RTH))
+        kept_RT = torch.arange(tokens) < torch.tensor(kept_R)[:, None]
+        self._seen_RS[: len(rows), used : used + tokens] = kept_RT.to(self._seen_RS.device)
+        for row, kept in zip(rows, kept_R, strict=True):
+            row.position += kept
+
+    def _seen(self, rows: int, tokens: int, used: int) -> torch.Tensor:
+        """Which slots each new token may see: what its row kept, and itself and those before."""
+        more = used + tokens - self._seen_RS.shape[1]
+        if more > 0:
+            blank = self._seen_RS.new_zeros((self._seen_RS.shape[0], max(more, used // 4)))
+            self._seen_RS = torch.cat([self._seen_RS, blank], dim=1)
+        before_RTS = self._seen_RS[:rows, None, :used].expand(-1, tokens, -1)
+        own_TT = self._seen_RS.new_ones((tokens, tokens)).tril()
+        return torch.cat([before_RTS, own_TT.expand(rows, -1, -1)], dim=2)
+
+    def _accept(self, rows: Sequence[Row], states: Sequence[torch.Tensor]) -> list[int]:
+        """Give each row the model's view behind its feed, states [T, H]; how many tokens stand."""
+        self.forwards += 1
+        kept = [0] * len(rows)
+        reasoning = [i for i, row in enumerate(rows) if row.is_reasoning]
+        writing = [i for i, row in enumerate(rows) if not row.is_reasoning]
+        for row in rows:
+            row.forwards += 1
+        if reasoning:
+            greedy = self._model.greedy(torch.stack([states[i][0] for i in reasoning]))
+            for i, token in zip(reasoning, greedy, strict=True):
+                kept[i] = rows[i].reason(token)
+        if writing:
+            lengths = [len(rows[i].feed) for i in writing]
+            together = torch.cat([states[i][:n] for i, n in zip(writing, lengths, strict=True)])
+            logits_NV = (together.float() @ self._head_VH.T).cpu().numpy()
+            parts = np.split(logits_NV, np.cumsum(lengths)[:-1])
+            for i, logits_TV in zip(writing, parts, strict=True):
+                kept[i] = self._write(rows[i], states[i], logits_TV)
+        return kept
+
+    def _write(self, row: Row, states_TH: torch.Tensor, logits_TV: Logits) -> int:
+        kept, choices = row.writer.accept(logits_TV[row.writer.given - 1 :])
+        for choice in choices:
+            self._choices.append((row, choice))
+            self._states.append(states_TH[choice.place])
+        return kept
+
+    def _count_overruled(self) -> None:
+        """Where the model's own greedy token would have broken the grammar."""
+        for start in range(0, len(self._choices), GREEDY_ROWS):
+            part = slice(start, start + GREEDY_ROWS)
+            greedy = self._model.greedy(torch.stack(self._states[part]))
+            for (row, choice), token in zip(self._choices[part], greedy, strict=True):
+                row.overruled += token not in choice.allowed
+        self._choices, self._states = [], []

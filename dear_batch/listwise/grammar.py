@@ -1,0 +1,161 @@
+"""The answer grammar: which characters, and by them which tokens, may come next.
+
+An answer is `lead open identifier (between identifier)* close` with every identifier once.
+The grammar walks characters, so every way in which a tokenizer can cut an answer is allowed
+and none is preferred. Knows nothing of models.
+"""
+
+import os.path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where an answer stands: `pending` text, then an identifier of which `typed` is written.
+
+    `pending` holds alternatives at the start of an answer, where white space may lead; one
+    text elsewhere. `unused` and `chosen` are identifiers as they are written.
+    """
+
+    pending: tuple[str, ...]
+    typed: str
+    unused: tuple[str, ...]
+    chosen: tuple[str, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is whole."""
+        return not self.unused and not self.pending
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a prompt's answers look like, whatever their identifiers."""
+
+    open: str
+    between: str
+    close: str
+    lead: tuple[str, ...] = ("",)
+
+    def start(self, identifiers: Sequence[str]) -> State:
+        """Before the first character."""
+        return State(tuple(lead + self.open for lead in self.lead), "", tuple(identifiers))
+
+    def after(self, state: State, character: str) -> State | None:
+        """The next state, None where the character breaks the grammar; after the end all goes."""
+        if state.done:
+            return state
+        if state.pending:
+            rest = tuple(p[1:] for p in state.pending if p[0] == character)
+            return self._behind(rest, state) if rest else None
+        typed = state.typed + character
+        if any(u.startswith(typed) for u in state.unused):
+            return State((), typed, state.unused, state.chosen)
+        if state.typed in state.unused and self._following(state)[0] == character:
+            unused = tuple(u for u in state.unused if u != state.typed)
+            rest = (self._following(state)[1:],)
+            return self._behind(rest, State((), "", unused, (*state.chosen, state.typed)))
+        return None
+
+    def read(self, state: State, text: str) -> State | None:
+        """The state after a text."""
+        for character in text:
+            following = self.after(state, character)
+            if following is None:
+                return None
+            state = following
+        return state
+
+    def forced(self, state: State) -> str:
+        """The text that must come before the next choice; all the rest where none is left."""
+        if state.done or len(state.pending) > 1:
+            return ""
+        candidates = [u for u in state.unused if u.startswith(state.typed)]
+        pending = "".join(state.pending)
+        if len(candidates) != 1:
+            return pending + os.path.commonprefix(candidates)[len(state.typed) :]
+        text = pending + candidates[0][len(state.typed) :] + self._following(state)
+        following = self.read(state, text)
+        assert following is not None
+        return text + self.forced(following)
+
+    def _following(self, state: State) -> str:
+        """What comes behind the identifier that is typed."""
+        return self.between if len(state.unused) > 1 else self.close
+
+    @staticmethod
+    def _behind(pending: tuple[str, ...], state: State) -> State:
+        return State(() if "" in pending else pending, "", state.unused, state.chosen)
+
+
+@dataclass(slots=True)
+class _Node:
+    """A node of the trie of token texts; `tokens` end here, as indices of the vocabulary."""
+
+    children: dict[str, "_Node"] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+
+
+class Vocabulary:
+    """The tokens of which answers can be made, with their texts inside an answer.
+
+    `ids[i]` and `texts[i]` belong together; states name tokens by `i`.
+    """
+
+    def __init__(self, texts: dict[int, str], grammar: Grammar) -> None:
+        self._grammar = grammar
+        self.ids = sorted(texts)
+        self.texts = [texts[i] for i in self.ids]
+        self._root = _Node()
+        for index, text in enumerate(self.texts):
+            node = self._root
+            for character in text:
+                node = node.children.setdefault(character, _Node())
+            node.tokens.append(index)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, grammar: Grammar, identifiers: Sequence[str]) -> Self:
+        """Look through a tokenizer for the tokens that answers of these identifiers can hold."""
+        texts = token_texts(tokenizer, grammar.open)
+        return cls({i: t for i, t in texts.items() if _usable(t, grammar, identifiers)}, grammar)
+
+    def allowed(self, state: State) -> list[tuple[int, State]]:
+        """Tokens that keep to the grammar, each with the state behind it."""
+        return list(self._walk(self._root, state))
+
+    def _walk(self, node: _Node, state: State) -> Iterator[tuple[int, State]]:
+        for character, child in node.children.items():
+            following = self._grammar.after(state, character)
+            if following is not None:
+                for token in child.tokens:
+                    yield token, following
+                if child.children:
+                    yield from self._walk(child, following)
+
+
+def token_texts(tokenizer: Tokenizer, before: str) -> dict[int, str]:
+    """What each token adds to a text that has begun with `before`.
+
+    A decoder may treat the first token of a text specially (SentencePiece drops its space), so
+    every token is decoded behind another one.
+    """
+    anchor = tokenizer.encode(before, add_special_tokens=False).ids
+    start = len(tokenizer.decode(anchor, skip_special_tokens=False))
+    ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
+    decoded = tokenizer.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
+    return {i: text[start:] for i, text in zip(ids, decoded, strict=True)}
+
+
+def _usable(text: str, grammar: Grammar, identifiers: Sequence[str]) -> bool:
+    """Whether a token can stand in an answer, at any place; one may reach beyond the end."""
+    alphabet = set("".join([*grammar.lead, grammar.open, grammar.between, grammar.close]))
+    alphabet.update(*identifiers)
+    inside = text[: next((i for i, c in enumerate(text) if c not in alphabet), len(text))]
+    if not inside or (inside != text and grammar.close[-1] not in inside):
+        return False
+    digits = "".join(c if c.isdigit() else " " for c in inside).split()
+    return all(any(run in identifier for identifier in identifiers) for run in digits)

@@ -1,0 +1,140 @@
+"""A bundle's causal language model, as permutation decoding calls it.
+
+Prompts in, hidden states out; logits are computed only where they are asked for. Knows
+nothing of identifiers or windows.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from dear_batch.errors import ConfigurationError, missing_extra
+
+try:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from dear_batch.listwise.slots import ATTENTION, SlotCache
+except ModuleNotFoundError as error:
+    raise missing_extra(error.name or "torch", "listwise", "The listwise stage") from error
+
+if TYPE_CHECKING:
+    from dear_batch.bundle import Bundle
+
+Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LanguageModel:
+    """A Hugging Face causal LM with a slot cache.
+
+    Legend: R rows, T tokens, S slots, H hidden size, V tokens of the vocabulary asked for.
+    """
+
+    def __init__(self, model: Any, device: str = "cpu") -> None:
+        self._model = model.eval()
+        self._model.set_attn_implementation(ATTENTION)
+        self.device = device
+        self.config = model.config
+        self.dtype = model.dtype
+        self._cache: SlotCache | None = None
+
+    @classmethod
+    def from_bundle(cls, bundle: "Bundle", device: str, precision: Precision) -> Self:
+        """Load the weights; the files were checked when the bundle was opened.
+
+        Raises:
+            ConfigurationError: the device is not there.
+        """
+        check_device(device)
+        logging.disable_progress_bar()
+        model = AutoModelForCausalLM.from_pretrained(
+            bundle.folder,
+            dtype=DTYPES[precision],
+            use_safetensors=True,
+            local_files_only=True,
+            device_map={"": device},
+        )
+        return cls(model, device)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        ends = self._model.generation_config.eos_token_id
+        ends = self.config.eos_token_id if ends is None else ends
+        return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in the cache."""
+        config = self.config
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = config.num_hidden_layers * config.num_key_value_heads
+        return int(2 * heads * size * self.dtype.itemsize)
+
+    def begin(self, rows: int, slots: int) -> None:
+        """Make an empty cache for a batch."""
+        self._cache = None  # freed before its successor is allocated
+        self._cache = SlotCache(self.config, rows, slots, self.dtype, self.device)
+
+    @property
+    def cache(self) -> SlotCache:
+        """The cache of the batch in hand."""
+        assert self._cache is not None
+        return self._cache
+
+    def end(self) -> None:
+        """Free the cache."""
+        self._cache = None
+
+    def read_prompts(self, first: int, prompts: Sequence[Sequence[int]]) -> Any:
+        """Run whole prompts into rows from `first` on; hidden states, [R, T, H].
+
+        Shorter prompts are padded on the right, where causal attention never looks.
+        """
+        longest = max(map(len, prompts))
+        ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.as_tensor(prompt)
+        self.cache.fill(slice(first, first + len(prompts)))
+        positions = torch.arange(longest, device=self.device).expand(len(prompts), -1)
+        return self._forward(ids, positions, None)
+
+    def step(self, ids_RT: Any, positions_RT: Any, seen_RTS: Any) -> Any:
+        """Run some tokens of each row, whose keys take the next slots; hidden states, [R, T, H]."""
+        rows, tokens = ids_RT.shape
+        self.cache.grow(self.cache.used + tokens)
+        self.cache.extend(rows)
+        hidden_RTH = self._forward(ids_RT, positions_RT.to(self.device), seen_RTS[:, None])
+        self.cache.used += tokens
+        return hidden_RTH
+
+    def _forward(self, ids_RT: Any, positions_RT: Any, mask: Any) -> Any:
+        return self._model.model(
+            input_ids=ids_RT.to(self.device),
+            position_ids=positions_RT,
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def head(self, tokens: Sequence[int]) -> Any:
+        """The output rows of some tokens in fp32, [V, H]: bf16 logits tie."""
+        return self._model.lm_head.weight[list(tokens)].float()
+
+    def greedy(self, hidden_NH: Any) -> list[int]:
+        """The most likely token of the whole vocabulary at each state."""
+        found: list[int] = self._model.lm_head(hidden_NH).argmax(-1).tolist()
+        return found
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that is not there.
+
+    Raises:
+        ConfigurationError: PyTorch has no such device.
+    """
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"PyTorch finds no GPU for --device {device}.",
+            valid=f"--device cpu, or one of {torch.cuda.device_count()} GPUs",
+        )

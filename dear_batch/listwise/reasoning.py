@@ -1,0 +1,79 @@
+"""Free text before an answer, up to its closing tag or a limit. Knows nothing of models.
+
+Only what follows the closing tag is a ranking: reasoning holds digits and brackets too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+
+from dear_batch.listwise.writing import Writer
+
+TAIL = 16  # tokens among which a closing tag that has just ended is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What ends reasoning: its closing tag, `limit` tokens, or the end of the text."""
+
+    tokenizer: Tokenizer
+    close: str
+    limit: int
+    end_ids: frozenset[int]
+
+    def close_ids(self) -> list[int]:
+        """The closing tag as tokens, where it has to be put in."""
+        ids: list[int] = self.tokenizer.encode(self.close, add_special_tokens=False).ids
+        return ids
+
+    def behind_close(self, tokens: Sequence[int]) -> str | None:
+        """The text behind the closing tag, None while there is none."""
+        text = self.tokenizer.decode(tokens[-TAIL:], skip_special_tokens=False)
+        _, close, behind = text.rpartition(self.close)
+        return behind if close else None
+
+
+@dataclass(slots=True)
+class Reasoning:
+    """One row's reasoning; when it is over, `writer` goes on."""
+
+    rules: Rules
+    writer: Writer
+    feed: list[int]
+    tokens: list[int] = field(default_factory=list)
+    truncated: bool = False
+
+    def take(self, token: int) -> bool:
+        """Add the model's next token; returns whether the reasoning is over."""
+        ended = token in self.rules.end_ids
+        if not ended:
+            self.tokens.append(token)
+            behind = self.rules.behind_close(self.tokens)
+            if behind is not None:
+                self._answer(behind, [token])
+                return True
+        if ended or len(self.tokens) >= self.rules.limit:
+            self._stop([] if ended else [token])
+            return True
+        self.feed = [token]
+        return False
+
+    def _answer(self, behind: str, given: list[int]) -> None:
+        """What the last token says beyond the tag is the answer's, if the grammar takes it."""
+        grammar = self.writer.speller.grammar
+        self.writer.state = grammar.read(self.writer.state, behind) or self.writer.state
+        self.writer.begin(given)
+
+    def _stop(self, given: list[int]) -> None:
+        """Take text that is an answer as it stands; else close the reasoning for the model."""
+        text = self.rules.tokenizer.decode(self.tokens, skip_special_tokens=False)
+        answered = self.writer.speller.grammar.read(self.writer.state, text.rstrip())
+        if answered is not None and answered.done:
+            self.writer.state = answered
+            self.writer.logprobs = [float("nan")] * len(answered.chosen)
+            return
+        self.truncated = True
+        close = self.rules.close_ids()
+        self.tokens += close
+        self.writer.begin([*given, *close])

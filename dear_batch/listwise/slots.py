@@ -1,0 +1,98 @@
+"""The key-value cache of a batch that decodes together, and the attention that reads it.
+
+One static block a layer, [rows, key-value heads, slots, head size]. A step writes its tokens
+into the same new slots of every row; what a row does not keep (padding, a guess that was
+wrong) stays there as a hole that the mask covers, so nothing is ever rolled back or moved.
+Knows nothing of prompts or answers.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+ATTENTION = "dear_batch_slots"
+
+
+class SlotCache:
+    """Keys and values of `rows` sequences in `slots` places, as transformers' models fill it.
+
+    Legend: R rows, H key-value heads, S slots, T tokens of a step, D head size.
+    """
+
+    def __init__(self, config: Any, rows: int, slots: int, dtype: Any, device: str) -> None:
+        heads = config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, rows, heads, slots, size)
+        self._blocks = torch.empty(shape, dtype=dtype, device=device)
+        self._into = slice(0, 0)
+        self._prompts = False
+        self.used = 0
+
+    def fill(self, rows: slice) -> None:
+        """The next forward brings whole prompts of these rows, from slot 0 on."""
+        self._into, self._prompts = rows, True
+
+    def extend(self, rows: int) -> None:
+        """The next forward brings a step of the first `rows` rows, behind the slots in use."""
+        self._into, self._prompts = slice(0, rows), False
+
+    def update(self, keys_RHTD: Any, values_RHTD: Any, layer: int, *_: Any) -> tuple[Any, Any]:
+        """Keep a layer's keys and values; returns those to attend to."""
+        start = 0 if self._prompts else self.used
+        end = start + keys_RHTD.shape[2]
+        keys_RHSD, values_RHSD = self._blocks[layer, :, self._into]
+        keys_RHSD[:, :, start:end] = keys_RHTD
+        values_RHSD[:, :, start:end] = values_RHTD
+        if self._prompts:
+            return keys_RHTD, values_RHTD
+        return keys_RHSD[:, :, :end], values_RHSD[:, :, :end]
+
+    def move(self, source: int, target: int) -> None:
+        """Put a row in another's place."""
+        self._blocks[:, :, target, :, : self.used] = self._blocks[:, :, source, :, : self.used]
+
+    def grow(self, slots: int) -> None:
+        """Make room for `slots` slots in all."""
+        *outer, present, size = self._blocks.shape
+        if slots > present:
+            blocks = self._blocks.new_empty(*outer, max(slots, present + present // 4), size)
+            blocks[..., : self.used, :] = self._blocks[..., : self.used, :]
+            self._blocks = blocks
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Part of transformers' cache protocol; positions and masks are given explicitly."""
+        return 0 if self._prompts else self.used
+
+
+def slot_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Any, None]:
+    """Attention as transformers calls it; a mask (True: may be seen) means a decoding step.
+
+    Query heads that share a key-value head are laid side by side as more queries of it: the
+    cache is read once, where repeating it for every head would copy it at each layer.
+    """
+    if attention_mask is None:
+        grouped = query.shape[1] != key.shape[1]
+        output = scaled_dot_product_attention(
+            query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=grouped
+        )
+    else:
+        rows, heads, tokens, size = query.shape
+        groups = heads // key.shape[1]
+        folded = query.reshape(rows, key.shape[1], groups * tokens, size)
+        mask = attention_mask.repeat(1, 1, groups, 1)
+        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        output = output.reshape(query.shape)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, slot_attention)

@@ -1,0 +1,193 @@
+"""One answer while it is written, and the guesses that make it cheap. Knows nothing of models.
+
+A forward brings, behind the token chosen last, a guess at the tokens that follow: what the
+grammar forces (`] > [`), in the spelling that the model used before. A guessed token is kept
+where the model, choosing greedily among what the grammar allows, chooses it itself; so the
+answer is the one that a forward a token would give, whatever the guesses are
+(speculative decoding with greedy verification; Leviathan et al. 2023, arXiv 2211.17192).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from dear_batch.listwise.grammar import Grammar, State, Vocabulary
+
+Logits = NDArray[np.float32]
+# A guess at the first token of an identifier costs a token and saves a forward when it is
+# right: it pays from about one chance in eight (benchmarks/results/listwise-guesses.json).
+SHARED_START = 0.25
+
+
+class Speller:
+    """Guesses spellings for the answers of one batch, and learns from those accepted."""
+
+    def __init__(self, tokenizer: Tokenizer, grammar: Grammar, vocabulary: Vocabulary) -> None:
+        self.grammar = grammar
+        self.vocabulary = vocabulary
+        self.texts = dict(zip(vocabulary.ids, vocabulary.texts, strict=True))
+        self._tokenizer = tokenizer
+        self._standard: dict[str, tuple[int, ...]] = {}
+        self._taught: dict[str, tuple[int, ...]] = {}
+        self._learned: dict[str, tuple[int, ...]] = {}
+
+    def remember(self) -> None:
+        """Let every later batch begin with what this one learned."""
+        self._taught = dict(self._learned)
+
+    def forget(self) -> None:
+        """Begin another batch, whose course shall not depend on those before it."""
+        self._learned = dict(self._taught)
+
+    def learn(self, segment: str, tokens: Sequence[int]) -> None:
+        """Keep how a segment was spelled: a forced text, or whatever comes before `open`."""
+        self._learned[segment] = tuple(tokens)
+
+    def guess(self, state: State, spelled: Sequence[int]) -> list[int]:
+        """Tokens that probably follow; `spelled` are those of the identifier being typed."""
+        text = self._expected(state, tuple(spelled))
+        path = self._learned.get(self.segment(state) or text) or self._spelling(text)
+        following = self.grammar.read(state, "".join(self.texts[token] for token in path))
+        return [*path, *self._shared_start(following)] if following else list(path)
+
+    def segment(self, state: State) -> str:
+        """What is to be learned of: the start of an answer, or its forced text."""
+        return "\0".join(state.pending) if state.pending[1:] else self.grammar.forced(state)
+
+    def _expected(self, state: State, spelled: tuple[int, ...]) -> str:
+        if state.pending[1:]:
+            return state.pending[0]
+        forced = self.grammar.forced(state)
+        if forced or state.typed not in state.unused:
+            return forced
+        # Whole, unless a longer identifier begins with these very tokens.
+        longer = [u for u in state.unused if u.startswith(state.typed) and u != state.typed]
+        if any(self._spelling(u)[: len(spelled)] == spelled for u in longer):
+            return ""
+        return self.grammar.between
+
+    def _shared_start(self, state: State) -> list[int]:
+        """The token with which many of the unused identifiers begin, where several do."""
+        if state.done or state.typed or state.pending:
+            return []
+        starts = Counter(self._spelling(u)[:1] for u in state.unused)
+        start, count = starts.most_common(1)[0]
+        return list(start) if count > max(1, SHARED_START * len(state.unused)) else []
+
+    def _spelling(self, text: str) -> tuple[int, ...]:
+        """The tokenizer's own spelling behind an identifier; empty where it merges with that."""
+        if text not in self._standard:
+            ids = self._tokenizer.encode(f"1{text}", add_special_tokens=False).ids
+            path: list[int] = []
+            while ids and len("".join(self.texts.get(i, "") for i in path)) < len(text):
+                path.insert(0, ids.pop())
+            found = "".join(self.texts.get(i, "") for i in path)
+            self._standard[text] = tuple(path) if found == text else ()
+        return self._standard[text]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where an identifier was chosen: the place in the feed, and the tokens allowed there."""
+
+    place: int
+    allowed: frozenset[int]
+
+
+@dataclass(slots=True)
+class Writer:
+    """An answer in the making.
+
+    `feed` goes into the next forward: `given` tokens that stand, then a guess. `tokens` are
+    all tokens of the answer so far, in order; the free rest is not among them.
+    """
+
+    speller: Speller
+    state: State
+    feed: list[int] = field(default_factory=list)
+    given: int = 1
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    failure: str = ""
+    _logprob: float = 0.0
+    _spelled: list[int] = field(default_factory=list)
+    _segment: str = ""
+    _path: list[int] = field(default_factory=list)
+
+    def begin(self, given: Sequence[int]) -> None:
+        """Start to answer behind these tokens."""
+        self.feed = [*given, *self.speller.guess(self.state, ())]
+        self.given = len(given)
+
+    @property
+    def done(self) -> bool:
+        """Whether the order is decided: what is left to write leaves no choice."""
+        return bool(self.failure) or self.state.done
+
+    def accept(self, logits_TV: Logits) -> tuple[int, list[Choice]]:
+        """Choose by the logits behind each token of the feed from its last given one on.
+
+        Returns how many tokens of the feed stand, and the choices of identifiers made.
+        """
+        kept, choices = self.given, list[Choice]()
+        for place, logits_V in enumerate(logits_TV, start=self.given - 1):
+            if not np.isfinite(logits_V).all():
+                self.failure = "the model gave NaN or infinity"
+                break
+            choice = self._choose(logits_V, place)
+            choices += [choice] if choice else []
+            if self.done or kept == len(self.feed) or self.feed[kept] != self.tokens[-1]:
+                break
+            kept += 1
+        if not self.done:
+            self.feed = [self.tokens[-1], *self.speller.guess(self.state, self._spelled)]
+            self.given = 1
+        return kept, choices
+
+    def _choose(self, logits_V: Logits, place: int) -> Choice | None:
+        """Take the best token that the grammar allows."""
+        vocabulary = self.speller.vocabulary
+        allowed = vocabulary.allowed(self.state)
+        values_A = logits_V[[token for token, _ in allowed]]
+        best = int(values_A.argmax())
+        token, following = allowed[best]
+        before, self.state = self.state, following
+        self.tokens.append(vocabulary.ids[token])
+        chose = self._has_chosen(before, vocabulary.texts[token])
+        if chose:
+            self._logprob -= float(np.log(np.exp(values_A - values_A[best]).sum()))
+        self._note(before, vocabulary.ids[token], chose=chose)
+        self._skip_to_the_end()
+        return Choice(place, frozenset(vocabulary.ids[t] for t, _ in allowed)) if chose else None
+
+    def _has_chosen(self, before: State, text: str) -> bool:
+        """Whether a token was part of the choice of an identifier: something else could stand."""
+        changed = (before.typed, before.chosen) != (self.state.typed, self.state.chosen)
+        return changed and not self.speller.grammar.forced(before).startswith(text)
+
+    def _note(self, before: State, token: int, *, chose: bool) -> None:
+        """Keep the books: log-probabilities of identifiers, and spellings of segments."""
+        new = len(self.state.chosen) - len(before.chosen)
+        if new:
+            self.logprobs += [self._logprob, *[0.0] * (new - 1)]
+            self._logprob, self._spelled = 0.0, []
+        if self.state.typed:
+            self._spelled.append(token)
+        self._segment = self._segment or self.speller.segment(before)
+        if self._segment and not chose:
+            self._path.append(token)
+        if self._segment and (chose or not self.state.pending):
+            self.speller.learn(self._segment, self._path)
+            self._segment, self._path = "", []
+
+    def _skip_to_the_end(self) -> None:
+        """The last identifier is free: where all the rest is forced, it is as good as written."""
+        end = self.speller.grammar.read(self.state, self.speller.grammar.forced(self.state))
+        if end is not None and end.done:
+            free = len(end.chosen) - len(self.logprobs)
+            self.logprobs += [self._logprob, *[0.0] * (free - 1)][:free]
+            self.state = end
