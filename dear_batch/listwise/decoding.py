@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dear_batch.listwise.model import LanguageModel
 from dear_batch.listwise.reasoning import Reasoning
-from dear_batch.listwise.writing import Choice, Logits, Speller, Writer
+from dear_batch.listwise.writing import Logits, Speller, Writer
 
 Ids = NDArray[np.int32]
 SPARE_SLOTS = 16  # slots allotted for each identifier; more are made when a batch runs out
@@ -24,31 +24,19 @@ GREEDY_ROWS = 256  # states that go through the whole output layer at once
 class Row:
     """A sequence of the batch: reasoning, where it has some, then its answer.
 
-    `position` is that of the next token fed. The writer must have begun, or reasoning be there.
+    `position` is that of the next token fed. A writer that comes first must have begun.
     """
 
     prompt: Ids
-    writer: Writer
-    reasoning: Reasoning | None = None
+    turn: Reasoning | Writer
     position: int = 0
     forwards: int = 0
     overruled: int = 0
-    is_reasoning: bool = False
-
-    def __post_init__(self) -> None:
-        """Reasoning comes first."""
-        self.is_reasoning = self.reasoning is not None
 
     @property
-    def feed(self) -> list[int]:
-        """The tokens of the next forward."""
-        return self.reasoning.feed if self.is_reasoning and self.reasoning else self.writer.feed
-
-    def reason(self, token: int) -> int:
-        """Take the model's next token of the reasoning; one token of the feed stands."""
-        assert self.reasoning is not None
-        self.is_reasoning = not self.reasoning.take(token)
-        return 1
+    def writer(self) -> Writer:
+        """The answer, begun or not."""
+        return self.turn.writer if isinstance(self.turn, Reasoning) else self.turn
 
 
 class PermutationDecoder:
@@ -64,16 +52,19 @@ class PermutationDecoder:
         self._head_VH = model.head(speller.vocabulary.ids)
         self.forwards = 0
 
-    @torch.inference_mode()
     def decode(self, rows: Sequence[Row]) -> None:
         """Write all answers; each row's writer then holds its own."""
+        with torch.inference_mode():
+            self._decode(rows)
+
+    def _decode(self, rows: Sequence[Row]) -> None:
         self._speller.forget()
         active = sorted(rows, key=lambda row: len(row.prompt))
-        longest = max(len(row.prompt) + len(row.feed) for row in rows)
+        longest = max(len(row.prompt) + len(row.turn.feed) for row in rows)
         slots = longest + SPARE_SLOTS * max(len(row.writer.state.unused) for row in rows)
         self._model.begin(len(rows), slots)
         self._seen_RS = torch.zeros((len(rows), slots), dtype=torch.bool, device=self._model.device)
-        self._choices: list[tuple[Row, Choice]] = []
+        self._chosen: list[tuple[Row, frozenset[int]]] = []
         self._states: list[torch.Tensor] = []
         self._read(active)
         while self._without_done(active):
@@ -92,10 +83,10 @@ class PermutationDecoder:
                 end += 1
             self._read_group(rows[start:end], start)
             start = end
-        self._model.cache.used = max(len(row.prompt) + len(row.feed) for row in rows)
+        self._model.cache.used = max(len(row.prompt) + len(row.turn.feed) for row in rows)
 
     def _read_group(self, rows: Sequence[Row], first: int) -> None:
-        prompts = [[*row.prompt.tolist(), *row.feed[1:]] for row in rows]
+        prompts = [[*row.prompt.tolist(), *row.turn.feed[1:]] for row in rows]
         hidden_RTH = self._model.read_prompts(first, prompts)
         starts = [len(row.prompt) - 1 for row in rows]
         tails = [hidden_RTH[i, start:] for i, start in enumerate(starts)]
@@ -115,10 +106,10 @@ class PermutationDecoder:
         return bool(active)
 
     def _step(self, rows: Sequence[Row]) -> None:
-        tokens = max(len(row.feed) for row in rows)
+        tokens = max(len(row.turn.feed) for row in rows)
         ids_RT = torch.zeros((len(rows), tokens), dtype=torch.long)
         for i, row in enumerate(rows):
-            ids_RT[i, : len(row.feed)] = torch.tensor(row.feed)
+            ids_RT[i, : len(row.turn.feed)] = torch.tensor(row.turn.feed)
         positions_RT = torch.tensor([[row.position] for row in rows]) + torch.arange(tokens)
         used = self._model.cache.used
         hidden_RTH = self._model.step(ids_RT, positions_RT, self._seen(len(rows), tokens, used))
@@ -141,36 +132,42 @@ class PermutationDecoder:
     def _accept(self, rows: Sequence[Row], states: Sequence[torch.Tensor]) -> list[int]:
         """Give each row the model's view behind its feed, states [T, H]; how many tokens stand."""
         self.forwards += 1
-        kept = [0] * len(rows)
-        reasoning = [i for i, row in enumerate(rows) if row.is_reasoning]
-        writing = [i for i, row in enumerate(rows) if not row.is_reasoning]
         for row in rows:
             row.forwards += 1
+        kept = {}
+        reasoning = [i for i, row in enumerate(rows) if isinstance(row.turn, Reasoning)]
         if reasoning:
             greedy = self._model.greedy(torch.stack([states[i][0] for i in reasoning]))
             for i, token in zip(reasoning, greedy, strict=True):
-                kept[i] = rows[i].reason(token)
+                kept[i] = self._reason(rows[i], token)
+        writing = [i for i in range(len(rows)) if i not in kept]
         if writing:
-            lengths = [len(rows[i].feed) for i in writing]
+            lengths = [len(rows[i].turn.feed) for i in writing]
             together = torch.cat([states[i][:n] for i, n in zip(writing, lengths, strict=True)])
             logits_NV = (together.float() @ self._head_VH.T).cpu().numpy()
             parts = np.split(logits_NV, np.cumsum(lengths)[:-1])
             for i, logits_TV in zip(writing, parts, strict=True):
                 kept[i] = self._write(rows[i], states[i], logits_TV)
-        return kept
+        return [kept[i] for i in range(len(rows))]
+
+    @staticmethod
+    def _reason(row: Row, token: int) -> int:
+        if isinstance(row.turn, Reasoning) and row.turn.take(token):
+            row.turn = row.turn.writer
+        return 1
 
     def _write(self, row: Row, states_TH: torch.Tensor, logits_TV: Logits) -> int:
-        kept, choices = row.writer.accept(logits_TV[row.writer.given - 1 :])
-        for choice in choices:
-            self._choices.append((row, choice))
-            self._states.append(states_TH[choice.place])
+        first = row.writer.given - 1
+        kept, allowed = row.writer.accept(logits_TV)
+        self._chosen += [(row, tokens) for tokens in allowed]
+        self._states += states_TH[first : first + len(allowed)]
         return kept
 
     def _count_overruled(self) -> None:
         """Where the model's own greedy token would have broken the grammar."""
-        for start in range(0, len(self._choices), GREEDY_ROWS):
+        for start in range(0, len(self._chosen), GREEDY_ROWS):
             part = slice(start, start + GREEDY_ROWS)
             greedy = self._model.greedy(torch.stack(self._states[part]))
-            for (row, choice), token in zip(self._choices[part], greedy, strict=True):
-                row.overruled += token not in choice.allowed
-        self._choices, self._states = [], []
+            for (row, allowed), token in zip(self._chosen[part], greedy, strict=True):
+                row.overruled += token not in allowed
+        self._chosen, self._states = [], []

@@ -12,6 +12,8 @@ from typing import Self
 
 from tokenizers import Tokenizer
 
+from dear_batch.listwise.prompts import Answer
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -36,14 +38,13 @@ class State:
 class Grammar:
     """What a prompt's answers look like, whatever their identifiers."""
 
-    open: str
-    between: str
-    close: str
-    lead: tuple[str, ...] = ("",)
+    answer: Answer
 
     def start(self, identifiers: Sequence[str]) -> State:
         """Before the first character."""
-        return State(tuple(lead + self.open for lead in self.lead), "", tuple(identifiers))
+        return State(
+            tuple(lead + self.answer.open for lead in self.answer.lead), "", tuple(identifiers)
+        )
 
     def after(self, state: State, character: str) -> State | None:
         """The next state, None where the character breaks the grammar; after the end all goes."""
@@ -77,15 +78,15 @@ class Grammar:
         candidates = [u for u in state.unused if u.startswith(state.typed)]
         pending = "".join(state.pending)
         if len(candidates) != 1:
-            return pending + os.path.commonprefix(candidates)[len(state.typed) :]
+            common = os.path.commonprefix(candidates)  # noqa: RUF071 - characters, not paths
+            return pending + common[len(state.typed) :]
         text = pending + candidates[0][len(state.typed) :] + self._following(state)
-        following = self.read(state, text)
-        assert following is not None
-        return text + self.forced(following)
+        unused = tuple(u for u in state.unused if u != candidates[0])
+        return text + self.forced(State((), "", unused))
 
     def _following(self, state: State) -> str:
         """What comes behind the identifier that is typed."""
-        return self.between if len(state.unused) > 1 else self.close
+        return self.answer.between if len(state.unused) > 1 else self.answer.close
 
     @staticmethod
     def _behind(pending: tuple[str, ...], state: State) -> State:
@@ -120,7 +121,7 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Tokenizer, grammar: Grammar, identifiers: Sequence[str]) -> Self:
         """Look through a tokenizer for the tokens that answers of these identifiers can hold."""
-        texts = token_texts(tokenizer, grammar.open)
+        texts = token_texts(tokenizer, grammar.answer.open)
         return cls({i: t for i, t in texts.items() if _usable(t, grammar, identifiers)}, grammar)
 
     def allowed(self, state: State) -> list[tuple[int, State]]:
@@ -152,10 +153,11 @@ def token_texts(tokenizer: Tokenizer, before: str) -> dict[int, str]:
 
 def _usable(text: str, grammar: Grammar, identifiers: Sequence[str]) -> bool:
     """Whether a token can stand in an answer, at any place; one may reach beyond the end."""
-    alphabet = set("".join([*grammar.lead, grammar.open, grammar.between, grammar.close]))
+    answer = grammar.answer
+    alphabet = set("".join([*answer.lead, answer.open, answer.between, answer.close]))
     alphabet.update(*identifiers)
     inside = text[: next((i for i, c in enumerate(text) if c not in alphabet), len(text))]
-    if not inside or (inside != text and grammar.close[-1] not in inside):
+    if not inside or (inside != text and answer.close[-1] not in inside):
         return False
     digits = "".join(c if c.isdigit() else " " for c in inside).split()
     return all(any(run in identifier for identifier in identifiers) for run in digits)

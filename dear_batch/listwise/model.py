@@ -7,16 +7,12 @@ nothing of identifiers or windows.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from dear_batch.errors import ConfigurationError, missing_extra
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
-try:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from dear_batch.listwise.slots import ATTENTION, SlotCache
-except ModuleNotFoundError as error:
-    raise missing_extra(error.name or "torch", "listwise", "The listwise stage") from error
+from dear_batch.errors import ConfigurationError
+from dear_batch.listwise.slots import ATTENTION, SlotCache
 
 if TYPE_CHECKING:
     from dear_batch.bundle import Bundle
@@ -36,17 +32,11 @@ class LanguageModel:
         self._model.set_attn_implementation(ATTENTION)
         self.device = device
         self.config = model.config
-        self.dtype = model.dtype
-        self._cache: SlotCache | None = None
+        self.end()
 
     @classmethod
     def from_bundle(cls, bundle: "Bundle", device: str, precision: Precision) -> Self:
-        """Load the weights; the files were checked when the bundle was opened.
-
-        Raises:
-            ConfigurationError: the device is not there.
-        """
-        check_device(device)
+        """Load the weights; the files were checked when the bundle was opened."""
         logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(
             bundle.folder,
@@ -56,6 +46,11 @@ class LanguageModel:
             device_map={"": device},
         )
         return cls(model, device)
+
+    @property
+    def precision(self) -> Precision:
+        """What the weights and the cache are held in."""
+        return "bf16" if self._model.dtype == torch.bfloat16 else "fp32"
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -69,22 +64,16 @@ class LanguageModel:
         config = self.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = config.num_hidden_layers * config.num_key_value_heads
-        return int(2 * heads * size * self.dtype.itemsize)
+        return int(2 * heads * size * self._model.dtype.itemsize)
 
     def begin(self, rows: int, slots: int) -> None:
         """Make an empty cache for a batch."""
-        self._cache = None  # freed before its successor is allocated
-        self._cache = SlotCache(self.config, rows, slots, self.dtype, self.device)
-
-    @property
-    def cache(self) -> SlotCache:
-        """The cache of the batch in hand."""
-        assert self._cache is not None
-        return self._cache
+        self.end()  # its predecessor is freed before it is allocated
+        self.cache = SlotCache(self.config, rows, slots, self._model.dtype, self.device)
 
     def end(self) -> None:
         """Free the cache."""
-        self._cache = None
+        self.cache = SlotCache(self.config, 0, 0, self._model.dtype, self.device)
 
     def read_prompts(self, first: int, prompts: Sequence[Sequence[int]]) -> Any:
         """Run whole prompts into rows from `first` on; hidden states, [R, T, H].
@@ -113,7 +102,7 @@ class LanguageModel:
             input_ids=ids_RT.to(self.device),
             position_ids=positions_RT,
             attention_mask=mask,
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
 
@@ -127,14 +116,17 @@ class LanguageModel:
         return found
 
 
-def check_device(device: str) -> None:
-    """Refuse a GPU that is not there.
+def found_device(device: str) -> str:
+    """The device to use; `auto` takes CUDA where there is one.
 
     Raises:
         ConfigurationError: PyTorch has no such device.
     """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigurationError(
             f"PyTorch finds no GPU for --device {device}.",
             valid=f"--device cpu, or one of {torch.cuda.device_count()} GPUs",
         )
+    return device

@@ -67,7 +67,7 @@ class SlotCache:
 
 
 def slot_attention(
-    module: Any,
+    _module: Any,
     query: Any,
     key: Any,
     value: Any,

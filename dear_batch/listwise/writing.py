@@ -54,6 +54,11 @@ class Speller:
         following = self.grammar.read(state, "".join(self.texts[token] for token in path))
         return [*path, *self._shared_start(following)] if following else list(path)
 
+    def read(self, tokens: Sequence[int]) -> str:
+        """The text of some tokens."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+        return text
+
     def segment(self, state: State) -> str:
         """What is to be learned of: the start of an answer, or its forced text."""
         return "\0".join(state.pending) if state.pending[1:] else self.grammar.forced(state)
@@ -68,7 +73,7 @@ class Speller:
         longer = [u for u in state.unused if u.startswith(state.typed) and u != state.typed]
         if any(self._spelling(u)[: len(spelled)] == spelled for u in longer):
             return ""
-        return self.grammar.between
+        return self.grammar.answer.between
 
     def _shared_start(self, state: State) -> list[int]:
         """The token with which many of the unused identifiers begin, where several do."""
@@ -90,20 +95,12 @@ class Speller:
         return self._standard[text]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Where an identifier was chosen: the place in the feed, and the tokens allowed there."""
-
-    place: int
-    allowed: frozenset[int]
-
-
 @dataclass(slots=True)
 class Writer:
     """An answer in the making.
 
     `feed` goes into the next forward: `given` tokens that stand, then a guess. `tokens` are
-    all tokens of the answer so far, in order; the free rest is not among them.
+    all tokens of the answer so far, in order; `rest` is the end that needed none.
     """
 
     speller: Speller
@@ -113,14 +110,15 @@ class Writer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     failure: str = ""
+    rest: str = ""
     _logprob: float = 0.0
     _spelled: list[int] = field(default_factory=list)
     _segment: str = ""
     _path: list[int] = field(default_factory=list)
 
     def begin(self, given: Sequence[int]) -> None:
-        """Start to answer behind these tokens."""
-        self.feed = [*given, *self.speller.guess(self.state, ())]
+        """Go on behind these tokens, which stand."""
+        self.feed = [*given, *self.speller.guess(self.state, self._spelled)]
         self.given = len(given)
 
     @property
@@ -128,28 +126,27 @@ class Writer:
         """Whether the order is decided: what is left to write leaves no choice."""
         return bool(self.failure) or self.state.done
 
-    def accept(self, logits_TV: Logits) -> tuple[int, list[Choice]]:
-        """Choose by the logits behind each token of the feed from its last given one on.
+    def accept(self, logits_TV: Logits) -> tuple[int, list[frozenset[int]]]:
+        """Choose by the logits behind each token of the feed.
 
-        Returns how many tokens of the feed stand, and the choices of identifiers made.
+        Returns how many tokens of the feed stand, and what was allowed behind each of those
+        that are not given.
         """
-        kept, choices = self.given, list[Choice]()
-        for place, logits_V in enumerate(logits_TV, start=self.given - 1):
+        kept, allowed = self.given, list[frozenset[int]]()
+        for logits_V in logits_TV[self.given - 1 :]:
             if not np.isfinite(logits_V).all():
                 self.failure = "the model gave NaN or infinity"
                 break
-            choice = self._choose(logits_V, place)
-            choices += [choice] if choice else []
+            allowed.append(self._choose(logits_V))
             if self.done or kept == len(self.feed) or self.feed[kept] != self.tokens[-1]:
                 break
             kept += 1
         if not self.done:
-            self.feed = [self.tokens[-1], *self.speller.guess(self.state, self._spelled)]
-            self.given = 1
-        return kept, choices
+            self.begin([self.tokens[-1]])
+        return kept, allowed
 
-    def _choose(self, logits_V: Logits, place: int) -> Choice | None:
-        """Take the best token that the grammar allows."""
+    def _choose(self, logits_V: Logits) -> frozenset[int]:
+        """Take the best token that the grammar allows; returns the allowed ones."""
         vocabulary = self.speller.vocabulary
         allowed = vocabulary.allowed(self.state)
         values_A = logits_V[[token for token, _ in allowed]]
@@ -162,7 +159,7 @@ class Writer:
             self._logprob -= float(np.log(np.exp(values_A - values_A[best]).sum()))
         self._note(before, vocabulary.ids[token], chose=chose)
         self._skip_to_the_end()
-        return Choice(place, frozenset(vocabulary.ids[t] for t, _ in allowed)) if chose else None
+        return frozenset(vocabulary.ids[t] for t, _ in allowed)
 
     def _has_chosen(self, before: State, text: str) -> bool:
         """Whether a token was part of the choice of an identifier: something else could stand."""
@@ -186,8 +183,9 @@ class Writer:
 
     def _skip_to_the_end(self) -> None:
         """The last identifier is free: where all the rest is forced, it is as good as written."""
-        end = self.speller.grammar.read(self.state, self.speller.grammar.forced(self.state))
+        rest = self.speller.grammar.forced(self.state)
+        end = self.speller.grammar.read(self.state, rest)
         if end is not None and end.done:
             free = len(end.chosen) - len(self.logprobs)
             self.logprobs += [self._logprob, *[0.0] * (free - 1)][:free]
-            self.state = end
+            self.state, self.rest = end, rest

@@ -1,0 +1,285 @@
+"""A window's query and passages to token ids, special tokens once and never from the texts.
+
+Prompts that are too long lose text at the ends of their longest passages, never any of the
+instruction. Knows nothing of how passages are chosen or answers are read.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from dear_batch.bundle import Bundle
+from dear_batch.errors import ConfigurationError, missing_extra
+from dear_batch.listwise.prompts import Message, Prompt
+
+Request = tuple[str, Sequence[str]]
+Render = Callable[[Sequence[Message]], str]
+
+# Llama 3.2's chat template writes today's date unless it is given one, so a job resumed on
+# the next day would not repeat its prompts; this is the date that 3.1 and 3.2 fall back to.
+DATE = "26 Jul 2024"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """The ids of one prompt, and what its texts lost or gained on the way.
+
+    `cut_passages` were longer than the prompt's own limit, `shortened_passages` lost more
+    to fit into the context; `neutralised_passages` held special tokens as text.
+    """
+
+    ids: NDArray[np.int32]
+    cut_passages: int
+    shortened_passages: int
+    neutralised_passages: int
+    neutralised_query: bool
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids, little-endian."""
+        return hashlib.sha256(self.ids.astype("<i4").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTooLong:
+    """`tokens` with one unit of every passage, where `max_tokens` fit."""
+
+    tokens: int
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class _Search:
+    """For the longest passages of a request that fit: `high` is too long, `best` fits.
+
+    `tokens` is the length at `high`. A longer text can have fewer tokens, so what is found is
+    a cap that fits while the next one does not.
+    """
+
+    request: Request
+    high: int
+    tokens: int
+    low: int = 0
+    best: EncodedPrompt | None = None
+
+    @property
+    def cap(self) -> int:
+        """The next one to try."""
+        return (self.low + self.high) // 2
+
+    def learn(self, tried: EncodedPrompt, max_tokens: int) -> None:
+        """Take in the prompt at `cap`."""
+        if len(tried.ids) <= max_tokens:
+            self.low, self.best = self.cap, tried
+        else:
+            self.high, self.tokens = self.cap, len(tried.ids)
+
+
+class PromptEncoder:
+    """Turns windows into ids of at most `max_tokens`.
+
+    `render` lays out a chat prompt's turns with all special tokens; a plain prompt has none
+    and gets the tokenizer's own.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Prompt, max_tokens: int, render: Render | None = None
+    ) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._render = render or _joined
+        self._neutral = _Neutraliser(tokenizer)
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, prompt: Prompt, max_tokens: int) -> Self:
+        """With the bundle's tokenizer and, for a chat prompt, its chat template.
+
+        Raises:
+            ConfigurationError: a chat prompt, and the model has no chat template or one that
+                refuses such a conversation.
+            TrustError: the bundle's manifest lists no tokenizer.
+        """
+        tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
+        render = _chat_template(bundle, prompt) if prompt.is_chat else None
+        encoder = cls(tokenizer, prompt, max_tokens, render)
+        encoder._smallest(2)  # a template that refuses the conversation does so here
+        return encoder
+
+    def encode(self, requests: Sequence[Request]) -> list[EncodedPrompt | PromptTooLong]:
+        """Encode `(query, passages)` requests; thread-safe, releases the GIL."""
+        limits = [self.prompt.limit] * len(requests)
+        results: list[EncodedPrompt | PromptTooLong] = [*self._encode(requests, limits)]
+        searches = {
+            i: self._search(requests[i], len(prompt.ids))
+            for i, prompt in enumerate(results)
+            if isinstance(prompt, EncodedPrompt) and len(prompt.ids) > self.max_tokens
+        }
+        self._shorten([*searches.values()])
+        for i, search in searches.items():
+            results[i] = search.best or PromptTooLong(search.tokens, self.max_tokens)
+        return results
+
+    def check_window(self, n: int) -> None:
+        """Check that windows of n passages can fit at all.
+
+        Raises:
+            ConfigurationError: they cannot, even without a query.
+        """
+        tokens = len(self._smallest(n).ids)
+        if tokens > self.max_tokens:
+            raise ConfigurationError(
+                f"A window of {n} passages does not fit: without a query and with one "
+                f"{self.prompt.unit} a passage it has {tokens} tokens.",
+                where=f"prompt {self.prompt.name}",
+                valid=f"at most {self.max_tokens} tokens, which leaves room for the answer",
+                next_step="make the window smaller, or allow prompts more tokens",
+            )
+
+    def check_identifiers(self, n: int) -> None:
+        """Check that the tokenizer can write the identifiers of n passages.
+
+        Raises:
+            ConfigurationError: some do not survive a round trip.
+        """
+        identifiers = self.prompt.identifiers(n)
+        lost = _misspelt(self._tokenizer, self.prompt, identifiers)
+        if lost:
+            raise ConfigurationError(
+                f"The model's tokenizer cannot write these identifiers: {', '.join(lost)}.",
+                where=f"prompt {self.prompt.name}: {self.prompt.answer.text(identifiers)}",
+                valid="a tokenizer that gives back every character of an answer",
+                next_step="use another model, or a prompt with an answer that it can write",
+            )
+
+    def _smallest(self, n: int) -> EncodedPrompt:
+        (prompt,) = self._encode([("", ["a"] * n)], [1])
+        return prompt
+
+    def _search(self, request: Request, tokens: int) -> _Search:
+        longest = max((self.prompt.units(passage) for passage in request[1]), default=1)
+        return _Search(request, min(longest, self.prompt.limit), tokens)
+
+    def _shorten(self, searches: Sequence[_Search]) -> None:
+        """Bisect all caps in step, one call of the tokenizer a round."""
+        while searches := [s for s in searches if s.high - s.low > 1]:
+            tried = self._encode([s.request for s in searches], [s.cap for s in searches])
+            for search, prompt in zip(searches, tried, strict=True):
+                search.learn(prompt, self.max_tokens)
+
+    def _encode(self, requests: Sequence[Request], caps: Sequence[int]) -> list[EncodedPrompt]:
+        """Encode with passages cut to each request's cap, whatever comes out."""
+        laid_out = [
+            self._lay_out(request, cap) for request, cap in zip(requests, caps, strict=True)
+        ]
+        encodings = self._tokenizer.encode_batch_fast(
+            [text for text, _ in laid_out], add_special_tokens=not self.prompt.is_chat
+        )
+        return [
+            EncodedPrompt(np.array(encoding.ids, np.int32), *counts)
+            for encoding, (_, counts) in zip(encodings, laid_out, strict=True)
+        ]
+
+    def _lay_out(self, request: Request, cap: int) -> tuple[str, tuple[int, int, int, bool]]:
+        """The prompt's text, and the counts of an `EncodedPrompt`."""
+        query, passages = request
+        lengths = [self.prompt.units(passage) for passage in passages]
+        cut = [self.prompt.cut(passage, cap) for passage in passages]
+        safe_query, *safe = [self._neutral(text) for text in (query, *cut)]
+        counts = (
+            sum(length > self.prompt.limit for length in lengths),
+            sum(length > cap for length in lengths) if cap < self.prompt.limit else 0,
+            sum(before != after for before, after in zip(cut, safe, strict=True)),
+            safe_query != query,
+        )
+        return self._render(self.prompt.messages(safe_query, safe)), counts
+
+
+class _Neutraliser:
+    """Puts a space into every special token that a text spells, so that it stays text.
+
+    A token of one character, or of white space, cannot be taken apart; it ends no turn either.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        literals = sorted((t for t in tokens if len("".join(t.split())) > 1), key=len, reverse=True)
+        self._literal = re.compile("|".join(map(re.escape, literals)) or r"(?!)")
+
+    def __call__(self, text: str) -> str:
+        """Again until none is left: one can begin within another."""
+        while (split := self._literal.sub(_with_space, text)) != text:
+            text = split
+        return text
+
+
+def _with_space(literal: re.Match[str]) -> str:
+    """Behind the first visible character: behind leading white space the token would remain."""
+    text = literal[0]
+    at = len(text) - len(text.lstrip()) + 1
+    return f"{text[:at]} {text[at:]}"
+
+
+def _joined(messages: Sequence[Message]) -> str:
+    return "".join(message.content for message in messages)
+
+
+def _chat_template(bundle: Bundle, prompt: Prompt) -> Render:
+    """The bundle's chat template, as transformers renders it."""
+    try:
+        from jinja2 import TemplateError
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "transformers", "listwise", "A chat prompt") from error
+    tokenizer = AutoTokenizer.from_pretrained(bundle.folder, local_files_only=True)
+    if tokenizer.chat_template is None:
+        raise _does_not_fit(bundle, prompt, "the model has no chat template", "")
+
+    def render(messages: Sequence[Message]) -> str:
+        conversation = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            text: str = tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, date_string=DATE
+            )
+        except TemplateError as error:
+            why = "the model's chat template refuses the conversation"
+            raise _does_not_fit(bundle, prompt, why, f": {error}") from error
+        return text
+
+    return render
+
+
+def _does_not_fit(bundle: Bundle, prompt: Prompt, why: str, where: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"The chat prompt {prompt.name} cannot be used: {why}.",
+        where=f"{bundle.folder}{where}",
+        valid="a model whose chat template takes the prompt's turns, or a plain prompt",
+        next_step='use the prompt "readme", which is plain text',
+    )
+
+
+def _misspelt(tokenizer: Tokenizer, prompt: Prompt, identifiers: Sequence[str]) -> list[str]:
+    """The identifiers of an answer that its tokens, decoded one by one, do not give back."""
+    answer = prompt.answer
+    text = answer.text(identifiers)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    # Behind another token: SentencePiece decoders drop the space of a text's first one.
+    anchor = tokenizer.encode(answer.open, add_special_tokens=False).ids
+    start = len(tokenizer.decode(anchor, skip_special_tokens=False))
+    decoded = tokenizer.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
+    written = "".join(piece[start:] for piece in decoded).removeprefix(" ")
+    if written == text:
+        return []
+    found = written.removeprefix(answer.open).removesuffix(answer.close).split(answer.between)
+    if len(found) != len(identifiers):
+        return [*identifiers]
+    lost = [i for i, spelt in zip(identifiers, found, strict=True) if i != spelt]
+    return lost or [*identifiers]

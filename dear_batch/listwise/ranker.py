@@ -1,0 +1,241 @@
+"""The listwise model of a job: windows in, permutations out, many at once.
+
+Knows nothing of files, shards, or what becomes of an order.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import TYPE_CHECKING, Self
+
+from tokenizers import Tokenizer
+
+from dear_batch.data import Permutation
+from dear_batch.errors import ConfigurationError, missing_extra
+from dear_batch.listwise.encoding import EncodedPrompt, PromptEncoder, PromptTooLong
+from dear_batch.listwise.grammar import Grammar, Vocabulary
+from dear_batch.listwise.prompts import Prompt, load_prompt
+from dear_batch.listwise.windows import WindowRequest, kept
+from dear_batch.specs import ListwiseSpec
+
+try:
+    from dear_batch.listwise.decoding import PermutationDecoder, Row
+    from dear_batch.listwise.model import LanguageModel, Precision, found_device
+    from dear_batch.listwise.reasoning import Reasoning, Rules
+    from dear_batch.listwise.writing import Speller, Writer
+except ModuleNotFoundError as error:
+    raise missing_extra(error.name or "torch", "listwise", "The listwise stage") from error
+
+if TYPE_CHECKING:
+    from dear_batch.bundle import Bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a device takes at once: rows of a batch, tokens of one forward over prompts, cache."""
+
+    rows: int
+    prefill_tokens: int
+    cache_bytes: int
+
+
+# CPU: benchmarks/results/listwise-*.json. CUDA: not measured, sized for an 8B model beside
+# 30 GB of cache.
+BUDGETS = {
+    "cpu": Budget(rows=16, prefill_tokens=512, cache_bytes=2 << 30),
+    "cuda": Budget(rows=128, prefill_tokens=16384, cache_bytes=30 << 30),
+}
+SAMPLE = 12  # passages of the window that teaches the speller; identifiers of two digits occur
+
+
+class ListwiseRanker:
+    """A listwise bundle, loaded."""
+
+    def __init__(
+        self, model: LanguageModel, encoder: PromptEncoder, spec: ListwiseSpec, tokenizer: Tokenizer
+    ) -> None:
+        prompt = encoder.prompt
+        grammar = Grammar(prompt.answer)
+        vocabulary = Vocabulary.of(tokenizer, grammar, prompt.identifiers(spec.window))
+        self._budget = BUDGETS[model.device.partition(":")[0]]
+        self._speller = Speller(tokenizer, grammar, vocabulary)
+        self._decoder = PermutationDecoder(model, self._speller, self._budget.prefill_tokens)
+        self._encoder = encoder
+        self._rules = _rules(prompt, spec, tokenizer, model.end_ids)
+        self._batch_tokens = spec.batch_tokens or self._budget.cache_bytes // model.token_bytes()
+        self._answer_tokens = answer_tokens(prompt, spec)
+        self.device = model.device
+        self.precision = model.precision
+        self.wave_queries = self._budget.rows
+        self._teach(min(SAMPLE, spec.window))
+
+    @classmethod
+    def open(cls, bundle: "Bundle", spec: ListwiseSpec, device: str) -> Self:
+        """Load the weights; `auto` takes CUDA where there is one.
+
+        Raises:
+            ConfigurationError, UsageError: as `check_listwise`, or the device is not there.
+        """
+        encoder = check_listwise(bundle, spec)
+        device = found_device(device)
+        chosen: Precision = "fp32" if device == "cpu" else "bf16"
+        precision = chosen if spec.precision == "auto" else spec.precision
+        model = LanguageModel.from_bundle(bundle, device, precision)
+        tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
+        return cls(model, encoder, spec, tokenizer)
+
+    @property
+    def forwards(self) -> int:
+        """Calls of the model so far, whatever their number of rows."""
+        return self._decoder.forwards
+
+    def rank(
+        self,
+        requests: Sequence[WindowRequest],
+        done: Callable[[int], None] = lambda _windows: None,
+    ) -> list[Permutation]:
+        """Order windows that do not depend on each other; permutations in their order.
+
+        A window that cannot be ordered fails alone. `done` is told the number of windows that
+        are finished.
+        """
+        asked = [i for i, request in enumerate(requests) if len(request.passages) > 1]
+        results = {i: kept(r.window) for i, r in enumerate(requests) if len(r.passages) <= 1}
+        encoded = self._encoder.encode([(requests[i].query, requests[i].passages) for i in asked])
+        prompts = dict[int, EncodedPrompt]()
+        for i, prompt in zip(asked, encoded, strict=True):
+            if isinstance(prompt, PromptTooLong):
+                results[i] = _too_long(requests[i], prompt)
+            else:
+                prompts[i] = prompt
+        for batch in self._batches(prompts):
+            results |= self._decode({i: (requests[i], prompts[i]) for i in batch})
+            done(len(results))
+        return [results[i] for i in range(len(requests))]
+
+    def _batches(self, prompts: dict[int, EncodedPrompt]) -> Iterator[list[int]]:
+        """Prompts of similar lengths together, as many as rows and cache allow."""
+        order = sorted(prompts, key=lambda i: (len(prompts[i].ids), i))
+        batch: list[int] = []
+        for i in order:
+            slots = len(prompts[i].ids) + self._answer_tokens
+            full = len(batch) == self._budget.rows
+            if batch and (full or (len(batch) + 1) * slots > self._batch_tokens):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _decode(
+        self, batch: dict[int, tuple[WindowRequest, EncodedPrompt]]
+    ) -> dict[int, Permutation]:
+        rows = {i: self._row(len(r.passages), prompt) for i, (r, prompt) in batch.items()}
+        thoughts = {
+            i: row.turn if isinstance(row.turn, Reasoning) else None for i, row in rows.items()
+        }
+        self._decoder.decode([*rows.values()])
+        return {
+            i: self._permutation(batch[i][0], batch[i][1], row, thoughts[i])
+            for i, row in rows.items()
+        }
+
+    def _row(self, passages: int, prompt: EncodedPrompt) -> Row:
+        identifiers = self._encoder.prompt.identifiers(passages)
+        writer = Writer(self._speller, self._speller.grammar.start(identifiers))
+        last = int(prompt.ids[-1])
+        if self._rules:
+            return Row(prompt.ids, Reasoning(self._rules, writer, [last]))
+        writer.begin([last])
+        return Row(prompt.ids, writer)
+
+    def _permutation(
+        self, request: WindowRequest, prompt: EncodedPrompt, row: Row, thought: Reasoning | None
+    ) -> Permutation:
+        writer = row.writer
+        first = self._encoder.prompt.first_identifier
+        tokens = [*(thought.tokens if thought else []), *writer.tokens]
+        answered = None if writer.failure else [int(c) - first for c in writer.state.chosen]
+        places = tuple(answered or range(len(request.passages)))
+        truncated = thought is not None and thought.truncated
+        return Permutation(
+            window=request.window,
+            order=places,
+            status="failed" if writer.failure else "truncated" if truncated else "ok",
+            logprobs=tuple(writer.logprobs) if answered else (nan,) * len(places),
+            text=self._speller.read(tokens) + writer.rest,
+            detail=writer.failure,
+            prompt_sha256=prompt.sha256,
+            prompt_tokens=len(prompt.ids),
+            answer_tokens=len(tokens),
+            forwards=row.forwards,
+            overruled=row.overruled,
+            cut_passages=prompt.cut_passages,
+            shortened_passages=prompt.shortened_passages,
+        )
+
+    def _teach(self, passages: int) -> None:
+        """Learn from a small window how this model spells what answers must hold."""
+        (prompt,) = self._encoder.encode([("a", [f"passage {i}" for i in range(passages)])])
+        if isinstance(prompt, EncodedPrompt):
+            identifiers = self._encoder.prompt.identifiers(passages)
+            writer = Writer(self._speller, self._speller.grammar.start(identifiers))
+            writer.begin([int(prompt.ids[-1])])
+            self._decoder.decode([Row(prompt.ids, writer)])
+            self._speller.remember()
+
+
+def check_listwise(bundle: "Bundle", spec: ListwiseSpec) -> PromptEncoder:
+    """Find out without the weights whether a bundle, a prompt and windows fit together.
+
+    Raises:
+        ConfigurationError: a pointwise bundle, a model without what the prompt needs, a
+            tokenizer that cannot spell the identifiers, or windows too large for the model.
+        UsageError: no such prompt, or reasoning with a prompt that does not know what ends it.
+    """
+    if bundle.manifest.task != "listwise":
+        raise ConfigurationError(
+            f"The bundle {bundle.folder} is a {bundle.manifest.task} scorer; it cannot write.",
+            valid="a listwise bundle (a causal language model) for --listwise",
+            next_step=f"dear-batch inspect {bundle.folder}",
+        )
+    prompt = load_prompt(spec.prompt)
+    if spec.reasoning_tokens and prompt.reasoning is None:
+        raise ConfigurationError(
+            f"The prompt {prompt.name} does not say what closes the reasoning.",
+            valid='a [reasoning] table with close = "</think>", or --reasoning-tokens 0',
+        )
+    room = context(bundle) - answer_tokens(prompt, spec)
+    encoder = PromptEncoder.from_bundle(bundle, prompt, room)
+    encoder.check_identifiers(spec.window)
+    encoder.check_window(min(spec.window, spec.depth))
+    return encoder
+
+
+def context(bundle: "Bundle") -> int:
+    """The tokens that the model can see at once."""
+    config = json.loads(bundle.file("config.json").read_text(encoding="utf-8"))
+    return int(min(config["max_position_embeddings"], config.get("sliding_window") or float("inf")))
+
+
+def answer_tokens(prompt: Prompt, spec: ListwiseSpec) -> int:
+    """Room for what the model writes, in tokens; an answer has at most one a character."""
+    answer = prompt.answer
+    text = max(answer.lead, key=len) + answer.text(prompt.identifiers(spec.window))
+    closing = len(prompt.reasoning.close) if prompt.reasoning and spec.reasoning_tokens else 0
+    return len(text) + spec.reasoning_tokens + closing
+
+
+def _rules(
+    prompt: Prompt, spec: ListwiseSpec, tokenizer: Tokenizer, end_ids: frozenset[int]
+) -> Rules | None:
+    if not spec.reasoning_tokens or prompt.reasoning is None:
+        return None
+    return Rules(tokenizer, prompt.reasoning.close, spec.reasoning_tokens, end_ids)
+
+
+def _too_long(request: WindowRequest, prompt: PromptTooLong) -> Permutation:
+    detail = f"the prompt has {prompt.tokens} tokens without its passages, {prompt.max_tokens} fit"
+    places = tuple(range(len(request.passages)))
+    return Permutation(request.window, places, "failed", (nan,) * len(places), detail=detail)
