@@ -28,15 +28,16 @@ class Row:
     """
 
     prompt: Ids
-    turn: Reasoning | Writer
+    writer: Writer
+    reasoning: Reasoning | None = None
     position: int = 0
     forwards: int = 0
     overruled: int = 0
 
     @property
-    def writer(self) -> Writer:
-        """The answer, begun or not."""
-        return self.turn.writer if isinstance(self.turn, Reasoning) else self.turn
+    def turn(self) -> Reasoning | Writer:
+        """Whose feed is next."""
+        return self.reasoning if self.reasoning and not self.reasoning.over else self.writer
 
 
 class PermutationDecoder:
@@ -135,11 +136,13 @@ class PermutationDecoder:
         for row in rows:
             row.forwards += 1
         kept = {}
-        reasoning = [i for i, row in enumerate(rows) if isinstance(row.turn, Reasoning)]
-        if reasoning:
-            greedy = self._model.greedy(torch.stack([states[i][0] for i in reasoning]))
-            for i, token in zip(reasoning, greedy, strict=True):
-                kept[i] = self._reason(rows[i], token)
+        turns = [(i, row.turn) for i, row in enumerate(rows)]
+        thinking = [(i, turn) for i, turn in turns if isinstance(turn, Reasoning)]
+        if thinking:
+            greedy = self._model.greedy(torch.stack([states[i][0] for i, _ in thinking]))
+            for (i, reasoning), token in zip(thinking, greedy, strict=True):
+                reasoning.take(token)
+                kept[i] = 1
         writing = [i for i in range(len(rows)) if i not in kept]
         if writing:
             lengths = [len(rows[i].turn.feed) for i in writing]
@@ -149,12 +152,6 @@ class PermutationDecoder:
             for i, logits_TV in zip(writing, parts, strict=True):
                 kept[i] = self._write(rows[i], states[i], logits_TV)
         return [kept[i] for i in range(len(rows))]
-
-    @staticmethod
-    def _reason(row: Row, token: int) -> int:
-        if isinstance(row.turn, Reasoning) and row.turn.take(token):
-            row.turn = row.turn.writer
-        return 1
 
     def _write(self, row: Row, states_TH: torch.Tensor, logits_TV: Logits) -> int:
         first = row.writer.given - 1

@@ -132,28 +132,20 @@ class ListwiseRanker:
         self, batch: dict[int, tuple[WindowRequest, EncodedPrompt]]
     ) -> dict[int, Permutation]:
         rows = {i: self._row(len(r.passages), prompt) for i, (r, prompt) in batch.items()}
-        thoughts = {
-            i: row.turn if isinstance(row.turn, Reasoning) else None for i, row in rows.items()
-        }
         self._decoder.decode([*rows.values()])
-        return {
-            i: self._permutation(batch[i][0], batch[i][1], row, thoughts[i])
-            for i, row in rows.items()
-        }
+        return {i: self._permutation(*batch[i], row) for i, row in rows.items()}
 
     def _row(self, passages: int, prompt: EncodedPrompt) -> Row:
         identifiers = self._encoder.prompt.identifiers(passages)
         writer = Writer(self._speller, self._speller.grammar.start(identifiers))
         last = int(prompt.ids[-1])
         if self._rules:
-            return Row(prompt.ids, Reasoning(self._rules, writer, [last]))
+            return Row(prompt.ids, writer, Reasoning(self._rules, writer, [last]))
         writer.begin([last])
         return Row(prompt.ids, writer)
 
-    def _permutation(
-        self, request: WindowRequest, prompt: EncodedPrompt, row: Row, thought: Reasoning | None
-    ) -> Permutation:
-        writer = row.writer
+    def _permutation(self, request: WindowRequest, prompt: EncodedPrompt, row: Row) -> Permutation:
+        writer, thought = row.writer, row.reasoning
         first = self._encoder.prompt.first_identifier
         tokens = [*(thought.tokens if thought else []), *writer.tokens]
         answered = None if writer.failure else [int(c) - first for c in writer.state.chosen]

@@ -5,6 +5,7 @@ Only what follows the closing tag is a ranking: reasoning holds digits and brack
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import nan
 
 from tokenizers import Tokenizer
 
@@ -42,36 +43,36 @@ class Reasoning:
     writer: Writer
     feed: list[int]
     tokens: list[int] = field(default_factory=list)
+    over: bool = False
     truncated: bool = False
 
-    def take(self, token: int) -> bool:
-        """Add the model's next token; returns whether the reasoning is over."""
+    def take(self, token: int) -> None:
+        """Add the model's next token."""
         ended = token in self.rules.end_ids
         if not ended:
             self.tokens.append(token)
+            self.feed = [token]
             behind = self.rules.behind_close(self.tokens)
             if behind is not None:
-                self._answer(behind, [token])
-                return True
-        if ended or len(self.tokens) >= self.rules.limit:
+                self._answer(behind)
+        if not self.over and (ended or len(self.tokens) >= self.rules.limit):
             self._stop([] if ended else [token])
-            return True
-        self.feed = [token]
-        return False
 
-    def _answer(self, behind: str, given: list[int]) -> None:
+    def _answer(self, behind: str) -> None:
         """What the last token says beyond the tag is the answer's, if the grammar takes it."""
         grammar = self.writer.speller.grammar
         self.writer.state = grammar.read(self.writer.state, behind) or self.writer.state
-        self.writer.begin(given)
+        self.writer.begin(self.feed)
+        self.over = True
 
     def _stop(self, given: list[int]) -> None:
         """Take text that is an answer as it stands; else close the reasoning for the model."""
+        self.over = True
         text = self.rules.tokenizer.decode(self.tokens, skip_special_tokens=False)
         answered = self.writer.speller.grammar.read(self.writer.state, text.rstrip())
         if answered is not None and answered.done:
             self.writer.state = answered
-            self.writer.logprobs = [float("nan")] * len(answered.chosen)
+            self.writer.logprobs = [nan] * len(answered.chosen)
             return
         self.truncated = True
         close = self.rules.close_ids()

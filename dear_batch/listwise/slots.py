@@ -25,7 +25,8 @@ class SlotCache:
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, 2, rows, heads, slots, size)
-        self._blocks = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros: a masked value counts for nothing only while it is a number.
+        self._blocks = torch.zeros(shape, dtype=dtype, device=device)
         self._into = slice(0, 0)
         self._prompts = False
         self.used = 0
@@ -57,7 +58,7 @@ class SlotCache:
         """Make room for `slots` slots in all."""
         *outer, present, size = self._blocks.shape
         if slots > present:
-            blocks = self._blocks.new_empty(*outer, max(slots, present + present // 4), size)
+            blocks = self._blocks.new_zeros(*outer, max(slots, present + present // 4), size)
             blocks[..., : self.used, :] = self._blocks[..., : self.used, :]
             self._blocks = blocks
 
