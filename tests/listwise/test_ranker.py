@@ -1,0 +1,175 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the listwise stage needs PyTorch")
+
+import torch
+
+from dear_batch.bundle import Bundle, open_bundle
+from dear_batch.data import Window
+from dear_batch.errors import ConfigurationError, UsageError
+from dear_batch.listwise.prompts import BUILT_IN
+from dear_batch.listwise.ranker import ListwiseRanker, check_listwise
+from dear_batch.listwise.windows import WindowRequest
+from dear_batch.specs import ListwiseSpec
+
+pytestmark = pytest.mark.model
+
+SPEC = ListwiseSpec("unused", window=12, depth=12)
+
+
+@pytest.fixture(scope="session")
+def listwise(bundle: Callable[..., Path], checkpoint: Callable[..., Path]) -> Bundle:
+    """A tiny random causal LM: its answers are nonsense, and permutations all the same."""
+    model = checkpoint("llama31", causal=True, max_position_embeddings=1024)
+    return open_bundle(bundle("llama31", model=str(model)))
+
+
+@pytest.fixture(scope="session")
+def ranker(listwise: Bundle) -> ListwiseRanker:
+    return ListwiseRanker.open(listwise, SPEC, "cpu")
+
+
+def request_of(
+    texts: tuple[str, ...], n: int, query: str = "a river", at: int = 0
+) -> WindowRequest:
+    return WindowRequest(Window(f"q{n}", at, at + n), query, texts[at : at + n])
+
+
+def test_every_window_gets_a_permutation_in_its_place(
+    ranker: ListwiseRanker, texts: tuple[str, ...]
+) -> None:
+    short = tuple(text[:60] for text in texts)
+    requests = [request_of(short, n) for n in (5, 12, 2, 1, 7)]
+    finished: list[int] = []
+    permutations = ranker.rank(requests, finished.append)
+    assert [p.window for p in permutations] == [r.window for r in requests]
+    for permutation, asked in zip(permutations, requests, strict=True):
+        assert sorted(permutation.order) == list(range(len(asked.passages)))
+        assert len(permutation.logprobs) == len(asked.passages)
+    assert [p.status for p in permutations] == ["ok", "ok", "ok", "kept", "ok"]
+    assert permutations[3].forwards == 0
+    assert finished[-1] == len(requests)
+
+
+def test_what_a_permutation_tells(ranker: ListwiseRanker, texts: tuple[str, ...]) -> None:
+    short = tuple(text[:60] for text in texts)
+    (found,) = ranker.rank([request_of(short, 5)])
+    assert found.text.strip() == "[" + "] > [".join(map(str, found.order)) + "]"
+    assert len(found.prompt_sha256) == 64
+    assert found.prompt_tokens > 50
+    assert found.answer_tokens >= found.forwards >= 4
+    assert found.logprobs[-1] == 0
+    assert all(p < 0 for p in found.logprobs[:-1])
+
+
+def test_windows_do_not_depend_on_their_company(
+    listwise: Bundle, ranker: ListwiseRanker, texts: tuple[str, ...]
+) -> None:
+    short = tuple(text[:60] for text in texts)
+    requests = [request_of(short, 2 + i % 7, at=i) for i in range(20)]
+    together = [p.order for p in ranker.rank(requests)]
+    assert together == [ranker.rank([asked])[0].order for asked in requests]
+    small = ListwiseRanker.open(listwise, replace(SPEC, batch_tokens=700), "cpu")
+    before = small.forwards
+    assert together == [p.order for p in small.rank(requests)]
+    assert small.forwards - before > len(requests)  # so there were several batches
+
+
+def test_passages_that_do_not_fit_are_shortened_and_counted(
+    ranker: ListwiseRanker, texts: tuple[str, ...]
+) -> None:
+    # Tiny tokenizers make many tokens of 300 characters: 12 passages are over 1,024.
+    (found,) = ranker.rank([request_of(texts, 12)])
+    assert found.status == "ok"
+    assert found.shortened_passages > 0
+    assert found.cut_passages == sum(len(text) > 300 for text in texts[:12])
+    assert found.prompt_tokens <= 1024
+
+
+def test_a_query_that_leaves_no_room_fails_its_window_alone(
+    ranker: ListwiseRanker, texts: tuple[str, ...]
+) -> None:
+    long, good = request_of(texts, 4, query="why " * 800), request_of(texts, 4)
+    failed, ok = ranker.rank([long, good])
+    assert (failed.status, ok.status) == ("failed", "ok")
+    assert failed.order == (0, 1, 2, 3)
+    assert "tokens without its passages" in failed.detail
+
+
+def test_nan_weights_fail_every_window(listwise: Bundle, texts: tuple[str, ...]) -> None:
+    ranker = ListwiseRanker.open(listwise, SPEC, "cpu")
+    ranker._decoder._head_VH.fill_(float("nan"))
+    (found,) = ranker.rank([request_of(texts, 4)])
+    assert (found.status, found.order) == ("failed", (0, 1, 2, 3))
+    assert "NaN" in found.detail
+
+
+def test_reasoning_is_limited_closed_and_kept(listwise: Bundle, texts: tuple[str, ...]) -> None:
+    ranker = ListwiseRanker.open(listwise, replace(SPEC, reasoning_tokens=9), "cpu")
+    for found in ranker.rank([request_of(texts, n) for n in (3, 6)]):
+        assert found.status == "truncated"
+        thought, _, answer = found.text.partition("</think>")
+        assert thought
+        assert answer.strip() == "[" + "] > [".join(map(str, found.order)) + "]"
+
+
+def test_bf16(listwise: Bundle, texts: tuple[str, ...]) -> None:
+    ranker = ListwiseRanker.open(listwise, replace(SPEC, precision="bf16"), "cpu")
+    assert ranker.precision == "bf16"
+    (found,) = ranker.rank([request_of(texts, 6)])
+    assert found.status == "ok"
+    assert sorted(found.order) == list(range(6))
+
+
+def test_a_pointwise_bundle_is_refused(bundle: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigurationError, match="pointwise scorer; it cannot write"):
+        check_listwise(open_bundle(bundle("llama31")), SPEC)
+
+
+def test_a_chat_prompt_needs_a_chat_template(listwise: Bundle) -> None:
+    with pytest.raises(ConfigurationError, match="no chat template"):
+        check_listwise(listwise, replace(SPEC, prompt="rankllm-chat"))
+
+
+def test_a_window_that_cannot_fit_a_passage_each_is_refused(listwise: Bundle) -> None:
+    with pytest.raises(ConfigurationError, match="window of 400 passages does not fit"):
+        check_listwise(listwise, replace(SPEC, window=400, depth=400))
+
+
+def test_identifiers_that_the_tokenizer_cannot_spell_are_refused(
+    bundle: Callable[..., Path], checkpoint: Callable[..., Path]
+) -> None:
+    model = checkpoint("llama2", causal=True)
+    found = open_bundle(bundle("llama2", model=str(model)))
+    with pytest.raises(ConfigurationError, match="cannot write these identifiers"):
+        check_listwise(found, SPEC)
+
+
+def test_reasoning_needs_a_prompt_that_says_what_closes_it(
+    listwise: Bundle, tmp_path: Path
+) -> None:
+    text = (BUILT_IN / "readme.toml").read_text(encoding="utf-8")
+    mine = tmp_path / "mine.toml"
+    mine.write_text(text.partition("[reasoning]")[0], encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="what closes the reasoning"):
+        check_listwise(listwise, replace(SPEC, prompt=str(mine), reasoning_tokens=10))
+    check_listwise(listwise, replace(SPEC, prompt=str(mine)))
+
+
+def test_an_unknown_prompt_is_refused(listwise: Bundle) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'readme'"):
+        check_listwise(listwise, replace(SPEC, prompt="redme"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(listwise: Bundle) -> None:
+    with pytest.raises(ConfigurationError, match="finds no GPU"):
+        ListwiseRanker.open(listwise, SPEC, "cuda")
+
+
+def test_no_windows_are_no_work(ranker: ListwiseRanker) -> None:
+    assert ranker.rank([]) == []
