@@ -55,11 +55,14 @@ class Clock:
         return timed
 
     def reset(self) -> None:
+        """Count from zero again."""
         for counter in (self.seconds, self.forwards, self.tokens):
             counter.clear()
 
 
 class Ours:
+    """A ranker over a model that the other ways use too."""
+
     def __init__(self, bundle: Any, model: Any, spec: ListwiseSpec) -> None:
         self.model = model
         language_model = LanguageModel(model)
@@ -69,6 +72,7 @@ class Ours:
         self.clock = Clock(language_model)
 
     def run(self, requests: Sequence[WindowRequest]) -> tuple[dict[str, float], list[Permutation]]:
+        """Seconds of both phases, and the permutations."""
         self.model.set_attn_implementation("dear_batch_slots")
         self.clock.reset()
         start = time.perf_counter()
@@ -111,7 +115,7 @@ def timed_generate(
 
 
 def continuous(model: Any, prompts: Sequence[list[int]], new: int) -> dict[str, float]:
-    """transformers' continuous batching (paged cache); the first call warms it up."""
+    """Continuous batching of transformers (paged cache); the first call warms it up."""
     model.set_attn_implementation("sdpa")
     seconds = {}
     for name, tokens in (("warm-up", 1), ("prefill", 1), ("total", new)):

@@ -6,7 +6,8 @@
     model.safetensors …                           listwise
 
 A bundle is trusted file by file: nothing is loaded that the manifest does not name with its
-hash. Knows nothing of engines or of how a bundle is made.
+hash, and the folder holds nothing else, since transformers takes what it finds there. Knows
+nothing of engines or of how a bundle is made.
 """
 
 import hashlib
@@ -134,13 +135,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
+def open_bundle(folder: str | Path, *, task: Task | None = None, verify: bool = True) -> Bundle:
     """Read a bundle and check every file against the manifest.
 
     `verify=False` reads the manifest only, for showing it; nothing may be loaded from it.
 
     Raises:
-        ConfigurationError: no bundle there, or one of another schema version.
+        ConfigurationError: no bundle there, one of another schema version, or not of `task`.
         TrustError: a file is missing, changed, linked, or not in the manifest.
     """
     folder = Path(folder)
@@ -153,6 +154,12 @@ def open_bundle(folder: str | Path, *, verify: bool = True) -> Bundle:
         )
     raw = path.read_bytes()
     manifest = _parse(path, raw)
+    if task and manifest.task != task:
+        raise ConfigurationError(
+            f"The bundle {folder} is a {manifest.task} model, given as the {task} one.",
+            valid=f"a {task} bundle",
+            next_step=f"dear-batch inspect {folder}",
+        )
     if verify:
         _verify(folder, manifest)
     return Bundle(folder, manifest, hashlib.sha256(raw).hexdigest())
@@ -184,13 +191,22 @@ def _verify(folder: Path, manifest: Manifest) -> None:
             raise _changed(folder, name, f"{path.stat().st_size} bytes, not {record.bytes}")
         if hash_file(path).sha256 != record.sha256:
             raise _changed(folder, name, "its sha256 differs")
-    # A graph may name any file beside it as its weights, so that folder holds nothing else.
-    for path in sorted((folder / "onnx").rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if name not in manifest.files:
-            raise _changed(folder, name, "the manifest does not list it")
-        if path.stat().st_nlink > 1:
-            raise _changed(folder, name, "it is a hard link")
+    for path in sorted(folder.rglob("*")):
+        _check_listed(folder, path, manifest)
+
+
+def _check_listed(folder: Path, path: Path, manifest: Manifest) -> None:
+    """Refuse what transformers or a graph could load though the manifest does not list it."""
+    name = path.relative_to(folder)
+    if path.is_dir() and not path.is_symlink():
+        return
+    # A graph may name any file beside it as its weights; transformers loads no hidden files.
+    beside_graphs = name.parts[0] == "onnx"
+    is_hidden = any(part.startswith(".") for part in name.parts)
+    if name.as_posix() not in {MANIFEST, *manifest.files} and (beside_graphs or not is_hidden):
+        raise _changed(folder, name.as_posix(), "the manifest does not list it")
+    if beside_graphs and path.stat().st_nlink > 1:
+        raise _changed(folder, name.as_posix(), "it is a hard link")
 
 
 def _changed(folder: Path, name: str, why: str) -> TrustError:

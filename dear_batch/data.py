@@ -1,7 +1,8 @@
 """The types that flow through a job, in order. Knows nothing of files or models.
 
 `Shard` → `CandidateList` → (token ids, rows) → scores → `ScoredList` → `Ranking` → (stage 2:
-`Window` → `Permutation` → `Ranking`) → `RunLine`. What is set aside on the way is a `Refusal`.
+`RankedList` → `Window` → `Permutation` → `Ranking` of `Reranked`) → `RunLine`. What is set aside
+on the way is a `Refusal`.
 """
 
 from dataclasses import dataclass
@@ -103,6 +104,15 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True)
+class RankedList:
+    """Stage 1's order of a query as stage 2 takes it; `passages` are (title, text) of its top."""
+
+    query: str
+    ranking: Ranking
+    passages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """The places `start` to `end` (exclusive, from 0) of one query's present order."""
 
@@ -121,7 +131,8 @@ class Permutation:
     why; `order` is the identity, as for kept). `logprobs[i]` is the natural log-probability of
     the i-th choice among what the answer grammar left, 0 for the last one; NaN where the model
     chose nothing. `text` is all that the model wrote, reasoning first. `overruled` counts the
-    choices at which the model's own greedy token broke the grammar.
+    tokens of the answer at which the model's own greedy token broke the grammar: where it is 0,
+    plain greedy decoding gives this very answer.
     """
 
     window: Window
@@ -137,6 +148,29 @@ class Permutation:
     overruled: int = 0
     cut_passages: int = 0
     shortened_passages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """Window `number` of a query, in the order of decoding, and the `docids` as it left them."""
+
+    number: int
+    permutation: Permutation
+    docids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reranked(Ranked):
+    """A candidate in its place after stage 2; the last three are None below the listwise depth.
+
+    `window_status` and `choice_logprob` are those of the topmost window that held it, which
+    put it where it is; the second is None where the model chose nothing.
+    """
+
+    pointwise_rank: int
+    listwise_rank: int | None
+    window_status: WindowStatus | None
+    choice_logprob: float | None
 
 
 @dataclass(frozen=True, slots=True)

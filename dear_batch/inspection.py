@@ -12,6 +12,7 @@ from dear_batch.bundle import MANIFEST, open_bundle
 from dear_batch.errors import InputError
 from dear_batch.files.pages import open_parquet
 from dear_batch.files.parquet import RowReader, open_input
+from dear_batch.show import listwise_facts
 
 PREVIEW = 3
 TEXT = 60
@@ -114,6 +115,10 @@ def _parquet(path: Path) -> RenderableType:
     return Group(_facts(f"Parquet {path}", facts), preview)
 
 
+def _seconds(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in seconds.items())
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -132,6 +137,8 @@ def _output(path: Path) -> RenderableType:
         "shards": sum(len(output["shards"]) for output in plan["outputs"]),
         "bundle sha256": plan["bundle_sha256"],
     }
+    if "listwise" in plan:
+        facts["listwise sha256"] = plan["listwise"]["bundle_sha256"]
     report_path = path / "report.json"
     if not report_path.is_file():
         return _facts(f"Output {path}", {**facts, "status": "not finished: no report.json"})
@@ -140,13 +147,16 @@ def _output(path: Path) -> RenderableType:
         facts[name] = ", ".join(f"{count:,} {what}" for what, count in report[name].items())
     facts |= {
         "status": report["status"],
-        "outputs": ", ".join(report["outputs"]),
+        "outputs": ", ".join(report["outputs"]) or "none yet, the parts of stage 1",
         "engine": f"{report['engine']} on {report['device']}, {report['precision']}",
         "set aside": ", ".join(f"{n:,} {why}" for why, n in report["quarantine_reasons"].items())
         or "nothing",
         "truncated pairs": report["truncated_pairs"],
         "tokens": f"{report['tokens']:,} at {report['tokens_per_second'] or 0:,.0f}/s",
         "padding share": f"{report['padding_share']:.2%}",
-        "seconds": ", ".join(f"{stage} {s}" for stage, s in report["seconds"].items()),
+        "seconds": _seconds(report["seconds"]),
     }
+    if listwise := report.get("listwise"):
+        facts |= listwise_facts(listwise)
+        facts["listwise seconds"] = _seconds(listwise["seconds"])
     return _facts(f"Output {path}", facts)

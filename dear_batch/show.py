@@ -14,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -62,8 +63,8 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(text: str, unit: str) -> Iterator[Callable[[float, int], None]]:
-    """A bar fed with (done, total)."""
+def progress(unit: str) -> Iterator[Callable[[str, float, int], None]]:
+    """Bars fed with (name, done, total); each appears when it is first fed."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -74,10 +75,12 @@ def progress(text: str, unit: str) -> Iterator[Callable[[float, int], None]]:
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=None)
+        tasks = dict[str, TaskID]()
 
-        def advance(done: float, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def advance(name: str, done: float, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done, total=total)
 
         yield advance
 
@@ -101,7 +104,8 @@ def _sizes(needs: Mapping[str, int | None], *names: str) -> list[str]:
 
 def run_summary(report: Mapping[str, Any], folder: str) -> None:
     """What a job did, on stderr."""
-    table = Table(title=Text(f"{folder}: {', '.join(report['outputs'][:3])}"), show_header=False)
+    outputs = ", ".join(report["outputs"][:3]) or "the parts of stage 1"
+    table = Table(title=Text(f"{folder}: {outputs}"), show_header=False)
     queries, candidates = report["queries"], report["candidates"]
     table.add_row("queries", f"{queries['written']:,} of {queries['read']:,} written")
     table.add_row("candidates", f"{candidates['written']:,} of {candidates['read']:,} written")
@@ -111,8 +115,32 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
     rate = report["tokens_per_second"]
     table.add_row("tokens", f"{report['tokens']:,}" + (f" at {rate:,.0f}/s" if rate else ""))
     table.add_row("engine", f"{report['engine']} on {report['device']}, {report['precision']}")
-    table.add_row("seconds", f"{report['seconds']['total']:.1f}")
+    seconds = report["seconds"]["total"]
+    if listwise := report.get("listwise"):
+        for name, value in listwise_facts(listwise).items():
+            table.add_row(name, Text(value))
+        seconds += listwise["seconds"]["total"]
+    table.add_row("seconds", f"{seconds:.1f}")
     Console(stderr=True).print(table)
+
+
+def listwise_facts(listwise: Mapping[str, Any]) -> dict[str, str]:
+    """The second stage of a report in a few lines."""
+    windows = listwise["windows"]
+    by_status = [f"{windows[s]:,} {s}" for s in windows if s != "total" and windows[s]]
+    facts = {
+        "listwise": f"first {listwise['depth']} in windows of {listwise['window']} by "
+        f"{listwise['step']}, prompt {listwise['prompt']}",
+        "windows": f"{windows['total']:,}: {', '.join(by_status) or 'none'}",
+        "listwise tokens": f"{listwise['prompt_tokens']:,} of prompts, "
+        f"{listwise['answer_tokens']:,} of answers, {listwise['forwards']:,} forwards",
+        "overruled choices": f"{listwise['overruled']:,}",
+        "passages": f"{listwise['cut_passages']:,} cut, "
+        f"{listwise['shortened_passages']:,} shortened to fit",
+        "listwise model": f"on {listwise['device']}, {listwise['precision']}",
+    }
+    reasons = listwise["failed_reasons"].items()
+    return facts | ({"failed": "; ".join(f"{n:,} {why}" for why, n in reasons)} if reasons else {})
 
 
 def verdict_table(verdict: "Verdict") -> None:

@@ -80,6 +80,38 @@ def test_a_file_the_manifest_does_not_list_beside_the_graphs(folder: Path) -> No
     refused(folder, "does not list it")
 
 
+@pytest.mark.parametrize("name", ["modeling.py", "model.safetensors", "deep/er/pytorch_model.bin"])
+def test_a_file_the_manifest_does_not_list_anywhere(name: str, folder: Path) -> None:
+    """transformers loads what it finds in a folder, listed or not."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+    refused(folder, f"{name}: the manifest does not list it")
+
+
+def test_a_link_the_manifest_does_not_list(folder: Path) -> None:
+    (folder / "adapter").symlink_to(folder.parent)
+    refused(folder, "adapter: the manifest does not list it")
+
+
+def test_hidden_files_are_left_alone_except_beside_the_graphs(folder: Path) -> None:
+    (folder / ".DS_Store").touch()
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "config.json").touch()
+    assert open_bundle(folder).recipe == RECIPE
+    (folder / "onnx" / ".weights").touch()
+    refused(folder, r"onnx/\.weights: the manifest does not list it")
+
+
+def test_a_bundle_of_the_other_task_is_refused_unread(folder: Path) -> None:
+    assert open_bundle(folder, task="pointwise").recipe == RECIPE
+    (folder / "tokenizer.json").unlink()  # which would be found later
+    with pytest.raises(
+        ConfigurationError, match="pointwise model, given as the listwise"
+    ) as caught:
+        open_bundle(folder, task="listwise")
+    assert caught.value.valid == "a listwise bundle"
+
+
 def test_a_manifest_that_points_outside(folder: Path) -> None:
     fields = json.loads((folder / "bundle.json").read_text())
     (folder.parent / "elsewhere").write_bytes(b"")

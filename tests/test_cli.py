@@ -17,7 +17,9 @@ from click.testing import CliRunner, Result
 
 from dear_batch import __version__
 from dear_batch.cli import main
+from dear_batch.specs import ListwiseSpec
 from tests.conftest import COLLECTION, collection_queries, collection_texts
+from tests.run.fake_ranker import install, listwise_bundle
 
 Make = Callable[..., Path]
 COMMANDS = sorted(main.commands)
@@ -246,6 +248,103 @@ def test_a_spec_is_run_and_options_override_it(bundle: Make, lists: Path, tmp_pa
     assert ran["scored_pairs"] == 3 * 2
     assert ran["outputs"] == ["in.trec"]
     assert " spec\n" in (tmp_path / "other" / "in.trec").read_text()
+
+
+# Two stages, the second a fake; the real one is run in tests/listwise.
+
+
+@pytest.fixture
+def generator(tmp_path: Path) -> Path:
+    return listwise_bundle(tmp_path / "listwise")
+
+
+@pytest.fixture
+def two_stages(bundle: Make, generator: Path, lists: Path, tmp_path: Path) -> tuple[object, ...]:
+    first = ("--input", lists, "--bundle", bundle("llama31"), "--output", tmp_path / "out")
+    second = ("--listwise", generator, "--listwise-depth", 5, "--window", 3, "--step", 2)
+    return "run", *first, *second
+
+
+@pytest.mark.model
+def test_a_run_of_two_stages(
+    two_stages: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = install(monkeypatch)
+    options = ("--prompt", "mine", "--reasoning-tokens", 9, "--listwise-precision", "bf16")
+    result = succeed(*two_stages, *options, "--max-failed-windows", "1%", "--device", "cpu")
+    ran = outcome(result)
+    assert (ran["status"], ran["outputs"]) == ("ok", ["run.trec"])
+    assert ran["listwise"]["windows"]["ok"] == 3 * 2
+    assert "6: 6 ok" in result.stderr
+    ((bundle, spec, device),) = fake.opened
+    wanted = ListwiseSpec(str(bundle.folder), "mine", 5, 3, 2, 9, "bf16", None, "1%")
+    assert (spec, device) == (wanted, "cpu")
+    shown = succeed("inspect", tmp_path / "out").stdout
+    for text in ("first 5 in windows of 3 by 2, prompt mine", "6: 6 ok", "on cpu, fp32"):
+        assert text in shown
+    assert bundle.sha256 in shown
+
+
+@pytest.mark.model
+def test_the_stages_one_after_the_other(
+    two_stages: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    first = outcome(succeed(*two_stages, "--stage", "pointwise"))
+    assert (first["status"], first["outputs"]) == ("listwise-outstanding", [])
+    assert "listwise-outstanding" in succeed("inspect", tmp_path / "out").stdout
+    assert not (tmp_path / "out" / "run.trec").exists()
+    assert outcome(succeed(*two_stages, "--stage", "listwise"))["status"] == "ok"
+    assert (tmp_path / "out" / "run.trec").exists()
+    message = fail(78, "belongs to another job", *two_stages, "--listwise-depth", "4")
+    assert "--stage listwise" in message
+    assert parts(message) == {"where", "valid", "next"}
+    again = (*two_stages, "--listwise-depth", "4", "--stage", "listwise")
+    assert outcome(succeed(*again))["listwise"]["depth"] == 4
+
+
+@pytest.mark.model
+def test_too_many_failed_windows_end_with_exit_3_and_the_run(
+    two_stages: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, fails=lambda request: request.window.qid == "q1")
+    result = invoke(*two_stages, "--max-failed-windows", 1)
+    assert result.exit_code == 3
+    assert result.stderr.count("error: ") == 1
+    assert "2 of 6 windows failed" in result.stderr
+    ran = outcome(result)
+    assert (ran["status"], ran["exit_code"]) == ("too-many-failed-windows", 3)
+    assert ran["outputs"] == ["run.trec"]
+    assert ran["error"] in result.stderr
+    assert (tmp_path / "out" / "run.trec").stat().st_size > 0
+    assert "the prompt does not fit" in succeed("inspect", tmp_path / "out").stdout
+    for allowed in ("2", "34%"):
+        assert outcome(succeed(*two_stages, "--max-failed-windows", allowed))["status"] == "ok"
+
+
+@pytest.mark.model
+def test_bundles_given_for_each_other_are_refused(
+    bundle: Make, generator: Path, lists: Path, tmp_path: Path
+) -> None:
+    common = ("run", "--input", lists, "--output", tmp_path / "out")
+    scorer = bundle("llama31")
+    fail(78, "is a listwise model", *common, "--bundle", generator)
+    fail(78, "is a pointwise model", *common, "--bundle", scorer, "--listwise", scorer)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.model
+def test_a_missing_listwise_extra_is_told_before_anything_is_scored(
+    two_stages: tuple[object, ...], tmp_path: Path
+) -> None:
+    done = python("-c", WITHOUT_TORCH, *two_stages)
+    assert done.returncode == 78, done.stderr
+    assert "needs the package 'torch', which is not installed" in done.stderr
+    assert "pip install 'dear-batch[listwise]'" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = python("-c", WITHOUT_TORCH, *two_stages, "--stage", "pointwise")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "parts" / "pointwise.json").exists()
 
 
 def scored(result: Result) -> list[tuple[float, int, str]]:
@@ -555,12 +654,19 @@ def test_a_spec_with_a_fault_is_refused(line: str, match: str, tmp_path: Path) -
     assert everything(tmp_path) == before
 
 
+ONE = ("--input", "in.parquet", "--bundle", "b", "--output", "o")
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
         (("run", "no.toml"), "cannot be read"),
         (("run", "--bundle", "b", "--output", "o"), "Missing: --input"),
         (("run", "--input", "in.parquet", "--output", "o"), "Missing: --bundle"),
+        (("run", *ONE, "--window", "5"), "'window' is given, but the job has no listwise stage"),
+        (("run", *ONE, "--stage", "listwise"), "one stage, so there is no --stage listwise"),
+        (("run", *ONE, "--listwise", "l", "--window", "1"), "'window' is out of range"),
+        (("run", *ONE, "--listwise", "l", "--max-failed-windows", "few"), "out of range"),
         (("export", "--output", "o"), "Missing: --model or --adapter"),
         (("export", "no.toml"), "cannot be read"),
         (("inspect", "nothing-here"), "does not exist"),
@@ -577,6 +683,7 @@ def test_wrong_usage_is_refused(arguments: tuple[str, ...], match: str) -> None:
         ("rerank",),
         ("run", "--no-such-option"),
         ("run", "--engine", "tensorflow"),
+        ("run", "--stage", "third"),
         ("convert", "csv", "in.csv", "-o", "out.parquet"),
         ("score", "bundle", "query"),
     ],

@@ -63,13 +63,15 @@ def test_every_source_and_data_file_is_in_the_wheel(wheel: dict[str, str]) -> No
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert {path for path in wheel if path.startswith("dear_batch/")} == files
-    assert {"dear_batch/py.typed", "dear_batch/export/parity_pairs.jsonl"} <= files
+    data = {"py.typed", "export/parity_pairs.jsonl", "listwise/prompts/readme.toml"}
+    assert {f"dear_batch/{name}" for name in data} <= files
 
 
 def test_the_wheel_names_its_command_extras_and_licence(wheel: dict[str, str]) -> None:
     assert "dear-batch = dear_batch.cli:main" in metadata(wheel, "entry_points.txt")
     fields = metadata(wheel, "METADATA")
     assert "Provides-Extra: export" in fields
+    assert "Provides-Extra: listwise" in fields
     assert "License-Expression: Apache-2.0" in fields
     assert "Apache License" in metadata(wheel, "licenses/LICENSE")
     required = re.findall(r"^Requires-Dist: (onnxruntime\S*?)[>=;].*?; (.+)$", fields, re.MULTILINE)

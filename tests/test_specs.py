@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 
 from dear_batch.errors import UsageError
+from dear_batch.listwise.prompts import load_prompt
+from dear_batch.spec_files import load_spec
 from dear_batch.specs import (
     ExecutionSpec,
     ExportSpec,
     InputSpec,
     JobSpec,
+    ListwiseSpec,
     OutputSpec,
     PointwiseSpec,
-    load_spec,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +72,24 @@ def test_export_spec_loads(path: Path) -> None:
 def test_job_spec_loads(path: Path) -> None:
     spec = load_spec(path, JobSpec)
     assert spec.output.folder == f"out/{path.stem}"
-    assert spec.pointwise.bundle in {load_spec(export, ExportSpec).output for export in EXPORTS}
+    bundles = {e.output: e.task for e in (load_spec(path, ExportSpec) for path in EXPORTS)}
+    assert bundles[spec.pointwise.bundle] == "pointwise"
+    if path.stem == "nightly":
+        assert spec.listwise is None  # in comments, read by the next test
+        return
+    assert spec.listwise
+    assert bundles[spec.listwise.bundle] == "listwise"
+    load_prompt(spec.listwise.prompt)
+    sizes = (spec.listwise.depth, spec.listwise.window, spec.listwise.step)
+    assert sizes == (30, 20, 10)  # arXiv 2508.16998, run_listwise.sh
+
+
+def test_the_listwise_table_of_the_nightly_job_can_be_switched_on(tmp_path: Path) -> None:
+    text = (ROOT / "jobs" / "nightly.toml").read_text(encoding="utf-8")
+    switched = re.sub(r"^# (\[listwise\]|\w+ = .+)$", r"\1", text, flags=re.MULTILINE)
+    (tmp_path / "job.toml").write_text(switched, encoding="utf-8")
+    spec = load_spec(tmp_path / "job.toml", JobSpec)
+    assert spec.listwise == ListwiseSpec("bundles/dear-8b-listwise")  # all the rest is the default
 
 
 def test_zoo_is_complete() -> None:
@@ -129,7 +148,7 @@ def test_unknown_key_names_the_nearest_and_all(tmp_path: Path) -> None:
 def test_unknown_table(tmp_path: Path) -> None:
     error = refusal(tmp_path, job_text(pointwize='bundle = "b"'))
     assert "Did you mean 'pointwise'?" in error.what
-    assert error.valid == "input, pointwise, output, execution"
+    assert error.valid == "input, pointwise, output, execution, listwise"
 
 
 def test_unknown_key_with_nothing_near(tmp_path: Path) -> None:
@@ -164,6 +183,14 @@ def test_missing_table(tmp_path: Path) -> None:
         ("output.folder", "folder = 2026-01-01", "a date or time", "a string"),
         ("execution.row_tokens", 'row_tokens = "512"', "'512'", "a whole number"),
         ("execution.engine", 'engine = "onnx"', "'onnx'", "auto, onnxruntime, torch"),
+        ("listwise.window", 'bundle = "l"\nwindow = "20"', "'20'", "a whole number"),
+        ("listwise.precision", 'bundle = "l"\nprecision = "fp16"', "'fp16'", "auto, fp32, bf16"),
+        (
+            "listwise.max_failed_windows",
+            'bundle = "l"\nmax_failed_windows = 0.01',
+            "0.01",
+            "a whole number or a string",
+        ),
     ],
 )
 def test_wrong_type(tmp_path: Path, key: str, body: str, found: str, valid: str) -> None:
@@ -199,6 +226,16 @@ def test_value_in_place_of_a_table(tmp_path: Path) -> None:
         ("execution", "row_tokens = 0", "row_tokens"),
         ("execution", "batch_tokens = -1", "batch_tokens"),
         ("execution", "row_tokens = 512\nbatch_tokens = 511", "batch_tokens"),
+        ("listwise", 'bundle = "l"\ndepth = 1', "depth"),
+        ("listwise", 'bundle = "l"\nwindow = 1', "window"),
+        ("listwise", 'bundle = "l"\nstep = 0', "step"),
+        ("listwise", 'bundle = "l"\nwindow = 9', "step"),  # the default, 10
+        ("listwise", 'bundle = "l"\nreasoning_tokens = -1', "reasoning_tokens"),
+        ("listwise", 'bundle = "l"\nbatch_tokens = 0', "batch_tokens"),
+        ("listwise", 'bundle = "l"\nmax_failed_windows = -1', "max_failed_windows"),
+        ("listwise", 'bundle = "l"\nmax_failed_windows = "some"', "max_failed_windows"),
+        ("listwise", 'bundle = "l"\nmax_failed_windows = "1.5"', "max_failed_windows"),
+        ("listwise", 'bundle = "l"\nmax_failed_windows = "101%"', "max_failed_windows"),
     ],
 )
 def test_range(tmp_path: Path, table: str, body: str, key: str) -> None:
@@ -206,6 +243,40 @@ def test_range(tmp_path: Path, table: str, body: str, key: str) -> None:
     assert error.what.startswith(f"The value of '{key}' is out of range: found ")
     assert error.where.endswith(f"spec.toml: {table}.{key}")
     assert error.valid
+
+
+def test_the_listwise_stage_is_the_published_one(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(job_text(listwise='bundle = "l"'), encoding="utf-8")
+    found = load_spec(path, JobSpec).listwise
+    assert found == ListwiseSpec("l", "readme", 30, 20, 10, 0, "auto", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [("0", 0), (5, 5), ("5", 5), ("1%", 4), ("0.25%", 1), ("100%", 400), ("0%", 0)],
+)
+def test_failures_allowed_of_400_windows(given: int | str, allowed: float, tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    text = f'bundle = "l"\nmax_failed_windows = {given!r}'
+    path.write_text(job_text(listwise=text), encoding="utf-8")
+    found = load_spec(path, JobSpec).listwise
+    assert found
+    assert found.failures_allowed(400) == pytest.approx(allowed)
+
+
+def test_an_option_of_a_stage_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text(job_text(), encoding="utf-8")
+    with pytest.raises(
+        UsageError, match="'window' is given, but the job has no listwise stage"
+    ) as c:
+        load_spec(path, JobSpec, {"listwise.window": 5, "listwise.bundle": None})
+    assert "--listwise" in c.value.valid
+    both = load_spec(path, JobSpec, {"listwise.window": 10, "listwise.bundle": "l"})
+    assert both.listwise == ListwiseSpec("l", window=10)
+    path.write_text(job_text(listwise='bundle = "l"'), encoding="utf-8")
+    assert load_spec(path, JobSpec, {"listwise.window": 10}).listwise == both.listwise
 
 
 def test_nothing_to_export(tmp_path: Path) -> None:

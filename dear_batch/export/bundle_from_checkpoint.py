@@ -29,6 +29,7 @@ from dear_batch.errors import ConfigurationError, OutputError, missing_extra
 from dear_batch.export.checkpoint import (
     Checkpoint,
     check_adapter,
+    check_architecture,
     check_base,
     check_model,
     resolve,
@@ -74,6 +75,7 @@ class Plan:
         self.model = resolve(name, spec.revision, weights=False)
         self.config = check_model(self.model)
         self.task = _task(spec, self.config, self.adapter_config)
+        check_architecture(self.model, self.config, self.task)
         self.needs: Needs = needs_from_config(self.config, self.task, Path(spec.output))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dear_batch.bundle import Task
 from dear_batch.errors import ConfigurationError, InputError, TrustError, missing_extra
 
 try:
@@ -16,6 +17,10 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "safetensors", "export", "Export") from error
 
+MODEL_TYPES: dict[Task, tuple[str, ...]] = {
+    "pointwise": ("llama",),
+    "listwise": ("llama", "mistral"),  # RankZephyr is a Mistral
+}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Everything a Llama checkpoint needs; weights as safetensors only.
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -100,7 +105,7 @@ def check_model(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config of a full model whose files may be loaded.
 
     Raises:
-        ConfigurationError: an adapter, or no Llama model.
+        ConfigurationError: an adapter, or a quantised model.
         TrustError: pickled weights, or a config that asks for remote code.
     """
     config = checkpoint.config("config.json")
@@ -116,12 +121,27 @@ def check_model(checkpoint: Checkpoint) -> dict[str, Any]:
             else "",
         )
     refuse_remote_code(checkpoint, "config.json")
-    if config.get("model_type") != "llama":
+    if config.get("quantization_config"):
         raise ConfigurationError(
-            f"{checkpoint.id} is a {config.get('model_type')!r} model.",
-            valid="model_type 'llama' (Llama 2, Llama 3.x, SmolLM2 and their like)",
+            f"{checkpoint.id} is quantised (quantization_config in config.json).",
+            valid="weights in fp32, bf16 or fp16",
+            next_step="export the checkpoint that it was made from",
         )
     return config
+
+
+def check_architecture(checkpoint: Checkpoint, config: dict[str, Any], task: Task) -> None:
+    """Refuse what the task's engine does not know.
+
+    Raises:
+        ConfigurationError: no Llama model, nor, as listwise, a Mistral one.
+    """
+    if config.get("model_type") not in MODEL_TYPES[task]:
+        raise ConfigurationError(
+            f"{checkpoint.id} is a {config.get('model_type')!r} model.",
+            valid=f"as {task}, a model_type of {' or '.join(map(repr, MODEL_TYPES[task]))} (llama: "
+            "Llama 2, Llama 3.x, SmolLM2 and their like)",
+        )
 
 
 def refuse_remote_code(checkpoint: Checkpoint, name: str) -> None:

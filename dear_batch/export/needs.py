@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from optimum.utils import NormalizedConfigManager
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dear_batch.bundle import Task
 from dear_batch.errors import InputError
@@ -42,14 +42,14 @@ def needs_from_config(config: dict[str, Any], task: Task, output: Path) -> Needs
     as the model, which is gone by then.
 
     Raises:
-        InputError: the config is not one of a Llama model.
+        InputError: the config is not one of its model type.
     """
     auto = AutoModelForSequenceClassification if task == "pointwise" else AutoModelForCausalLM
     try:
-        settings = LlamaConfig(**{**config, "num_labels": 1})
+        settings = AutoConfig.for_model(**{**config, "num_labels": 1})
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(
-            f"config.json does not describe a Llama model: {str(error).splitlines()[0]}.",
+            f"config.json does not describe a {config['model_type']} model: {str(error).splitlines()[0]}.",
             next_step="fetch the checkpoint again",
         ) from error
     with torch.device("meta"):

@@ -4,12 +4,12 @@ Knows nothing of models or jobs, and nothing of what a column may hold: that is 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,9 +35,11 @@ from dear_batch.files.pages import (
     unreadable,
 )
 
+Item = TypeVar("Item")
+
 SCHEMA_VERSION = "1"
 _QID_ROWS = 1 << 16
-_GROUP_BYTES = 8 << 20
+_GROUP_BYTES = 8 << 20  # of text: what one row group holds
 _GROUP_QUERIES = 4096
 
 
@@ -222,17 +224,24 @@ def write_lists(lists: Iterable[CandidateList], path: Path) -> None:
     Raises:
         OutputError: the folder is missing, read-only or full.
     """
-    write_batches(map(nested_batch, _grouped(lists)), NESTED_SCHEMA, path)
+    groups = grouped(lists, _text_size, most=_GROUP_QUERIES, limit=_GROUP_BYTES)
+    write_batches(map(nested_batch, groups), NESTED_SCHEMA, path)
 
 
-def _grouped(lists: Iterable[CandidateList]) -> Iterator[list[CandidateList]]:
-    """Lists of about 8 MB of text: what one row group holds."""
-    group, size = list[CandidateList](), 0
-    for item in lists:
+def _text_size(item: CandidateList) -> int:
+    return sum(len(candidate.text or "") for candidate in item.candidates)
+
+
+def grouped(
+    items: Iterable[Item], size: Callable[[Item], int], *, most: int, limit: int
+) -> Iterator[list[Item]]:
+    """Items in order, at most `most` together, and no more once their sizes reach `limit`."""
+    group, total = list[Item](), 0
+    for item in items:
         group.append(item)
-        size += sum(len(candidate.text or "") for candidate in item.candidates)
-        if size >= _GROUP_BYTES or len(group) >= _GROUP_QUERIES:
+        total += size(item)
+        if total >= limit or len(group) >= most:
             yield group
-            group, size = [], 0
+            group, total = [], 0
     if group:
         yield group

@@ -1,1 +1,1 @@
-"""The main job: plan → shards → blocks → rankings → published files. Knows devices and disks."""
+"""The main job: plan → shards → blocks → rankings (→ parts → windows → rankings) → files."""

@@ -1,42 +1,85 @@
-"""Runs a job on this machine, shard after shard, with one engine.
+"""Runs a job on this machine: stage 1, and stage 2 where the job has one, never both at once.
 
-The reader thread opens, admits and tokenises ahead; this thread scores, ranks and writes.
+A job of one stage publishes its rankings. One of two leaves them in `parts/`, releases the
+scorer, and stage 2 goes on from there, in the same process or in another.
 """
 
-import math
+import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dear_batch.bundle import Bundle, open_bundle
-from dear_batch.data import CandidateList, Refusal, ScoredList
-from dear_batch.files.durable import scratch_folder
-from dear_batch.files.parquet import RowReader
-from dear_batch.files.results import Write, quarantine_writer, run_writer
+from dear_batch.data import RankedList, Ranking
+from dear_batch.errors import UsageError
+from dear_batch.files.durable import scratch_folder, writing
+from dear_batch.files.parts import part_writer
+from dear_batch.files.results import published_names, quarantine_writer, run_writer
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run.admission import REASONS, Admission
-from dear_batch.run.blocks import Block, ahead, blocks, score_block
-from dear_batch.run.plan import Output, Plan, check_folder, claim_folder, plan_job
-from dear_batch.run.ranking import rank
+from dear_batch.run.admission import Admitted
+from dear_batch.run.folder import check_folder, claim_folder, listwise_settings, unpublish
+from dear_batch.run.handover import part_path, write_handover
+from dear_batch.run.listwise import prepare, run_listwise
+from dear_batch.run.plan import Plan, plan_job
+from dear_batch.run.pointwise import HandOn, Stage
 from dear_batch.run.report import Tally, write_report
-from dear_batch.specs import JobSpec
+from dear_batch.specs import JobSpec, ListwiseSpec
 
-Advance = Callable[[float, int], None]  # (queries done, queries in all)
-Refuse = Callable[[Refusal], None]
+Advance = Callable[[str, float, int], None]  # (stage, queries done, queries in all)
+Stages = Literal["all", "pointwise", "listwise"]
+OUTSTANDING = "listwise-outstanding"  # the status of a report
 
 
-def run_job(spec: JobSpec, advance: Advance = lambda _done, _total: None) -> dict[str, Any]:
+def run_job(
+    spec: JobSpec,
+    advance: Advance = lambda _stage, _done, _total: None,
+    *,
+    stage: Stages = "all",
+) -> dict[str, Any]:
     """Rerank all inputs of a spec and publish the output folder; returns the report.
+
+    With `stage` "pointwise" a job of two stages ends with its parts, with "listwise" it
+    begins with those that lie in the folder.
 
     Raises:
         InputError, OutputError, TrustError, ConfigurationError, UsageError: before anything
             is published; see each step.
     """
+    if spec.listwise is None and stage != "all":
+        raise UsageError(
+            f"The job has one stage, so there is no --stage {stage}.",
+            valid="--listwise BUNDLE or a table [listwise], or no --stage",
+        )
     folder = Path(spec.output.folder)
     check_folder(folder)
+    if spec.listwise is None:
+        report = {"status": "ok", **_pointwise(spec, advance, stage)}
+    else:
+        report = _two_stages(spec, spec.listwise, advance, stage)
+    write_report(folder, report)
+    return report
+
+
+def _two_stages(
+    spec: JobSpec, listwise: ListwiseSpec, advance: Advance, stage: Stages
+) -> dict[str, Any]:
+    if stage != "listwise":
+        fields = _pointwise(spec, advance, stage)
+        gc.collect()  # the scorer is gone before the other model comes
+        if stage == "pointwise":
+            unpublish(Path(spec.output.folder))
+            return {"status": OUTSTANDING, **fields, "outputs": []}
+    return run_listwise(
+        spec, listwise, partial(advance, "listwise"), may_differ=stage == "listwise"
+    )
+
+
+def _pointwise(spec: JobSpec, advance: Advance, stage: Stages) -> dict[str, Any]:
+    """Plan, claim the folder, run stage 1; whatever would refuse stage 2 refuses here."""
+    folder = Path(spec.output.folder)
     tally = Tally()
     # A refused job makes no folders: its scratch lies where folders exist already.
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
@@ -44,20 +87,38 @@ def run_job(spec: JobSpec, advance: Advance = lambda _done, _total: None) -> dic
         with tally.timed("plan"):
             plan = plan_job(spec, scratch)
         with tally.timed("load"):
+            settings = _listwise_settings(spec, stage)
             bundle, encoder, scorer = _load(spec)
-        claim_folder(folder, plan, spec, bundle.sha256)
+        claim_folder(folder, plan, spec, bundle.sha256, settings)
         total = sum(output.n_queries for output in plan.outputs)
         with quarantine_writer(folder) as refuse:
-            job = _Job(spec, encoder, scorer, tally, refuse, lambda done: advance(done, total))
+            progress = partial(_advance, advance, total)
+            job = Stage(spec, encoder, scorer, tally, refuse, progress)
             for output in plan.outputs:
-                job.publish(output, folder)
+                with _sink(spec, folder, output.stem) as hand_on:
+                    job.rank(output, hand_on)
     report = _report(plan, bundle, scorer, tally)
-    write_report(folder, report)
+    if spec.listwise:
+        write_handover(folder, [o.stem for o in plan.outputs], spec.listwise.depth, report)
     return report
 
 
+def _advance(advance: Advance, total: int, done: float) -> None:
+    advance("pointwise", done, total)
+
+
+def _listwise_settings(spec: JobSpec, stage: Stages) -> dict[str, Any] | None:
+    if spec.listwise is None:
+        return None
+    if stage == "pointwise":  # loads none of it, so this machine may lack what that takes
+        bundle = open_bundle(spec.listwise.bundle, task="listwise", verify=False)
+    else:
+        bundle = prepare(spec.listwise)
+    return listwise_settings(spec.listwise, bundle.sha256)
+
+
 def _load(spec: JobSpec) -> tuple[Bundle, PairEncoder, Scorer]:
-    bundle = open_bundle(spec.pointwise.bundle)
+    bundle = open_bundle(spec.pointwise.bundle, task="pointwise")
     execution = spec.execution
     scorer = open_scorer(
         bundle,
@@ -69,97 +130,31 @@ def _load(spec: JobSpec) -> tuple[Bundle, PairEncoder, Scorer]:
     return bundle, PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe), scorer
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What every output of a job shares."""
-
-    spec: JobSpec
-    encoder: PairEncoder
-    scorer: Scorer
-    tally: Tally
-    refuse: Refuse
-    advance: Callable[[float], None]
-
-    def publish(self, output: Output, folder: Path) -> None:
-        """Score one output's shards and write its files."""
-        with run_writer(folder, output.stem, self.spec.output.tag) as write:
-            for name, block in self._read_ahead(output):
-                queries = self.tally.queries
-                advance = partial(self._advance, queries.written + queries.quarantined, block)
-                with self.tally.timed("score"):
-                    scored_lists = score_block(block, self.scorer, self.tally.work, advance)
-                with self.tally.timed("write"):
-                    for refusal in block.refusals:
-                        self._set_aside(refusal)
-                    for scored in scored_lists:
-                        self._finish(scored, name, write)
-                self._advance(queries.written + queries.quarantined, block, 0)
-
-    def _advance(self, queries_before: int, block: Block, share: float) -> None:
-        self.advance(queries_before + share * len(block.lists))
-
-    def _read_ahead(self, output: Output) -> Iterator[tuple[str, Block]]:
-        stream = ahead(self._blocks(output))
-        while True:
-            with self.tally.timed("wait_for_reader"):
-                item = next(stream, None)
-            if item is None:
-                return
-            yield item
-
-    def _blocks(self, output: Output) -> Iterator[tuple[str, Block]]:
-        """Blocks of all shards in order, with the input's name; runs in the reader thread."""
-        pointwise = self.spec.pointwise
-        for source, shards in zip(output.sources, output.shards, strict=True):
-            with RowReader(source.file) as reader:
-                for shard in shards:
-                    admission = Admission(
-                        source.name,
-                        source.kept_rows,
-                        has_rows=not source.regrouped,
-                        need_first_scores=pointwise.interpolate < 1,
-                    )
-                    is_flat = source.file.layout == "flat"
-                    admit = admission.admit_flat if is_flat else admission.admit
-                    items = admit(self._counted(reader.read(shard.first_row, shard.n_rows)))
-                    for block in blocks(items, self.encoder, pointwise.depth):
-                        yield source.name, block
-                    self.tally.queries.read += shard.n_queries
-
-    def _counted(self, lists: Iterator[CandidateList]) -> Iterator[CandidateList]:
-        for item in lists:
-            self.tally.candidates.read += len(item.candidates)
-            yield item
-
-    def _set_aside(self, refusal: Refusal) -> None:
-        self.refuse(refusal)
-        self.tally.refused(refusal)
-
-    def _finish(self, scored: ScoredList, name: str, write: Write) -> None:
-        """Rank and write a list without its NaN and infinite scores, which mis-rank silently."""
-        kept = tuple(c for c in scored.candidates if c.logit is None or math.isfinite(c.logit))
-        for candidate in scored.candidates:
-            if candidate.logit is not None and not math.isfinite(candidate.logit):
-                self._set_aside(_unusable("non_finite_score", name, scored.qid, candidate.docid, 1))
-        if all(c.logit is None for c in kept):
-            self._set_aside(_unusable("no_valid_candidates", name, scored.qid, None, len(kept)))
-            return
-        ranking = rank(replace(scored, candidates=kept), self.spec.pointwise.interpolate)
-        write(ranking)
-        self.tally.ranked(ranking)
+@contextmanager
+def _sink(spec: JobSpec, folder: Path, stem: str) -> Iterator[HandOn]:
+    """Where the rankings of an output go: into its run, or into its part for stage 2."""
+    if spec.listwise is None:
+        with run_writer(folder, stem, spec.output.tag) as write:
+            yield lambda _admitted, ranking: write(ranking)
+        return
+    depth, path = spec.listwise.depth, part_path(folder, stem)
+    with writing(path.parent):
+        path.parent.mkdir(exist_ok=True)
+    with part_writer(path) as leave:
+        yield lambda admitted, ranking: leave(_with_text(admitted, ranking, depth))
 
 
-def _unusable(reason: str, path: str, qid: str, docid: str | None, candidates: int) -> Refusal:
-    """A refusal after scoring, when the row is no longer at hand; the qid finds it."""
-    return Refusal(reason, REASONS[reason], path, None, qid, docid, candidates)
+def _with_text(admitted: Admitted, ranking: Ranking, depth: int) -> RankedList:
+    texts = {c.docid: (c.title, c.text or "") for c in admitted.candidates}
+    passages = tuple(texts[entry.docid] for entry in ranking.entries[:depth])
+    return RankedList(admitted.query, ranking, passages)
 
 
 def _report(plan: Plan, bundle: Bundle, scorer: Scorer, tally: Tally) -> dict[str, Any]:
     layout = scorer.layout
     return {
-        "status": "ok",
         "inputs": [file.path for file in plan.inputs],
-        "outputs": [f"{output.stem}.trec" for output in plan.outputs],
+        "outputs": [published_names(output.stem)["run"] for output in plan.outputs],
         "bundle": str(bundle.folder),
         "bundle_sha256": bundle.sha256,
         "engine": scorer.engine,

@@ -5,22 +5,17 @@ anything is scored.
 """
 
 import glob
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from dear_batch import __version__
 from dear_batch.data import Shard
-from dear_batch.errors import ConfigurationError, InputError, OutputError, UsageError
-from dear_batch.files.durable import replacing
+from dear_batch.errors import InputError, UsageError
 from dear_batch.files.parquet import InputFile, RowReader, open_input, qid_runs
 from dear_batch.files.regroup import distinct_qids, regroup, repeated_qids
 from dear_batch.run.admission import can_be_scored
 from dear_batch.specs import JobSpec
 
-SCHEMA_VERSION = 1
 # Text of a shard, uncompressed. A shard is what a crash loses and what a worker takes.
 SHARD_BYTES = 16 << 20
 
@@ -193,98 +188,3 @@ def _boundaries(file: InputFile) -> Iterable[tuple[object, int, int]]:
 def _shard(file: InputFile, number: int, first: int, rows: int, queries: int) -> Shard:
     key = f"{number:05d}-{Path(file.path).stem}-{first:010d}"
     return Shard(file.path, first, rows, queries, key)
-
-
-def claim_folder(folder: Path, plan: Plan, spec: JobSpec, bundle_sha256: str) -> None:
-    """Make the output folder ours by writing `plan.json`, or see that it is ours already.
-
-    Raises:
-        OutputError: it holds something else, or cannot be written.
-        ConfigurationError: it holds another job's output.
-    """
-    path = folder / "plan.json"
-    described = _described(plan, spec, bundle_sha256)
-    if path.is_file():
-        if _read_plan(path) != json.loads(json.dumps(described)):
-            raise ConfigurationError(
-                f"The output folder {folder} belongs to another job: its inputs, bundle or "
-                "settings differ.",
-                where=str(path),
-                valid="a new folder for each job and night",
-                next_step=f"choose another --output, or remove {folder}",
-            )
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"Cannot make the output folder {folder}: {error.strerror}.",
-            valid="a folder that can be written to",
-            next_step="choose another --output",
-        ) from error
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not ours before any work is done.
-
-    Raises:
-        OutputError: a file, or a folder with contents and no `plan.json`.
-    """
-    try:
-        is_other = folder.is_symlink() or folder.exists()
-    except OSError as error:  # a name that is too long
-        raise OutputError(f"The output {folder} cannot be made: {error.strerror}.") from error
-    if is_other and not folder.is_dir():
-        raise OutputError(f"The output {folder} is not a folder.", valid="a new or empty folder")
-    above = next(p for p in folder.absolute().parents if p.exists())
-    if not above.is_dir():
-        raise OutputError(f"The output {folder} cannot be made: {above} is not a folder.")
-    if folder.is_dir() and not (folder / "plan.json").is_file() and any(folder.iterdir()):
-        raise OutputError(
-            f"The output folder {folder} is not empty and not ours: it has no plan.json.",
-            where=", ".join(sorted(p.name for p in folder.iterdir())[:5]),
-            valid="a new or empty folder, or one of an earlier run of this job",
-            next_step="choose another --output",
-        )
-
-
-def _read_plan(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _described(plan: Plan, spec: JobSpec, bundle_sha256: str) -> dict[str, Any]:
-    """Everything that decides the output; equal plans give equal run files."""
-    inputs = [
-        {
-            "path": file.path,
-            "rows": file.n_rows,
-            "bytes": Path(file.path).stat().st_size,
-            "mtime_ns": Path(file.path).stat().st_mtime_ns,
-            "layout": file.layout,
-        }
-        for file in plan.inputs
-    ]
-    outputs = [
-        {
-            "stem": output.stem,
-            "queries": output.n_queries,
-            "regrouped": any(source.regrouped for source in output.sources),
-            "shards": [shard.key for shards in output.shards for shard in shards],
-        }
-        for output in plan.outputs
-    ]
-    settings = asdict(spec)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "tool": f"dear-batch {__version__}",
-        "bundle_sha256": bundle_sha256,
-        "spec": {k: settings[k] for k in ("pointwise", "output", "execution")},
-        "inputs": inputs,
-        "outputs": outputs,
-    }

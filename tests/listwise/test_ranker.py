@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +9,13 @@ import pytest
 pytest.importorskip("torch", reason="the listwise stage needs PyTorch")
 
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.data import Window
 from dear_batch.errors import ConfigurationError, UsageError
+from dear_batch.listwise.encoding import EncodedPrompt
 from dear_batch.listwise.prompts import BUILT_IN
 from dear_batch.listwise.ranker import ListwiseRanker, check_listwise
 from dear_batch.listwise.windows import WindowRequest
@@ -173,3 +178,37 @@ def test_a_gpu_that_is_not_there(listwise: Bundle) -> None:
 
 def test_no_windows_are_no_work(ranker: ListwiseRanker) -> None:
     assert ranker.rank([]) == []
+
+
+def test_a_mistral_within_its_sliding_window(
+    bundle: Callable[..., Path],
+    checkpoint: Callable[..., Path],
+    texts: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    """RankZephyr's architecture: what a layer can see bounds the prompt."""
+    model = tmp_path / "mistral"
+    shutil.copytree(checkpoint("llama31", causal=True, max_position_embeddings=1024), model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config |= {
+        "sliding_window": 640,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    found = open_bundle(bundle("mistral", model=str(model)))
+    encoder = check_listwise(found, SPEC)
+    assert encoder.max_tokens < 640
+    asked = request_of(texts, 6)
+    (ranked,) = ListwiseRanker.open(found, SPEC, "cpu").rank([asked])
+    assert ranked.status == "ok"
+    assert 500 < ranked.prompt_tokens < 640
+    causal = AutoModelForCausalLM.from_pretrained(found.folder)
+    (prompt,) = encoder.encode([(asked.query, asked.passages)])
+    assert isinstance(prompt, EncodedPrompt)
+    # The last forced character and the first identifier, by Hugging Face's own forward.
+    tokenizer = Tokenizer.from_file(str(found.file("tokenizer.json")))
+    opened = tokenizer.encode("x" + ranked.text.partition("[")[0] + "[").ids[1:]
+    logits = causal(torch.tensor([[*prompt.ids.tolist(), *opened]])).logits[0, -1]
+    digits = {tokenizer.encode(f"[{i}").ids[-1]: i for i in range(6)}
+    assert digits[max(digits, key=lambda token: logits[token].item())] == ranked.order[0]

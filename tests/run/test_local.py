@@ -250,11 +250,11 @@ def test_progress_grows_and_ends_at_the_number_of_queries(
     monkeypatch.setattr(blocks, "ENCODE_LISTS", 2)
     monkeypatch.setattr(blocks, "BLOCK_PAIRS", 2 * SIZE)
     rows[1]["query"] = rows[4]["query"] = rows[5]["query"] = ""
-    calls: list[tuple[float, int]] = []
+    calls: list[tuple[float, int, str]] = []
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:6]))
-    run_job(spec, lambda done, total: calls.append((done, total)))
+    run_job(spec, lambda stage, done, total: calls.append((done, total, stage)))
     done = [call[0] for call in calls]
-    assert {call[1] for call in calls} == {6}
+    assert {call[1:] for call in calls} == {(6, "pointwise")}
     assert done == sorted(done)
     assert 0 < done[0] < 2  # within the first block already
     assert done[-1] == 6

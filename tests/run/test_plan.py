@@ -1,8 +1,6 @@
 """What is read, where it is cut, and whose output folder it is; no model loads."""
 
 import itertools
-import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dear_batch.data import Shard
-from dear_batch.errors import ConfigurationError, InputError, OutputError, UsageError
+from dear_batch.errors import InputError, UsageError
 from dear_batch.files.parquet import RowReader, open_input
 from dear_batch.run import plan
-from dear_batch.run.plan import check_folder, claim_folder, cut, expand, plan_job
+from dear_batch.run.plan import cut, expand, plan_job
 from dear_batch.specs import InputSpec, JobSpec, OutputSpec, PointwiseSpec
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=40)
@@ -269,95 +267,3 @@ def test_every_input_is_opened_before_anything_is_scored(tmp_path: Path) -> None
     bad.write_bytes(Path(good).read_bytes()[:-20])
     with pytest.raises(InputError, match="is cut"):
         plan_job(job(good, str(bad)), tmp_path)
-
-
-# The output folder.
-
-
-def test_new_and_empty_folders_are_taken(tmp_path: Path) -> None:
-    check_folder(tmp_path / "new")
-    (tmp_path / "empty").mkdir()
-    check_folder(tmp_path / "empty")
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(OutputError, match=r"no plan\.json") as caught:
-        check_folder(tmp_path)
-    assert caught.value.exit_code == 73
-    assert caught.value.where == "thesis.tex"
-    assert caught.value.next_step
-
-
-def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(OutputError, match="is not a folder") as caught:
-        check_folder(tmp_path / "out")
-    assert caught.value.exit_code == 73
-
-
-def claim(tmp_path: Path, spec: JobSpec, bundle_sha256: str = "0" * 64) -> None:
-    claim_folder(tmp_path / "out", plan_job(spec, tmp_path), spec, bundle_sha256)
-
-
-def test_the_same_job_may_come_again(tmp_path: Path) -> None:
-    spec = job(nested(tmp_path / "in.parquet", ["a"]), folder=str(tmp_path / "out"))
-    claim(tmp_path, spec)
-    written = (tmp_path / "out" / "plan.json").read_bytes()
-    (tmp_path / "out" / "run.trec").touch()
-    check_folder(tmp_path / "out")
-    claim(tmp_path, spec)
-    assert (tmp_path / "out" / "plan.json").read_bytes() == written
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"plan.json", "run.trec"}
-
-
-def test_the_plan_says_what_decides_the_output(tmp_path: Path) -> None:
-    path = nested(tmp_path / "in.parquet", ["a", "b"])
-    claim(tmp_path, job(path, folder=str(tmp_path / "out")))
-    fields = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert fields["schema_version"] == 1
-    assert fields["bundle_sha256"] == "0" * 64
-    assert fields["spec"]["pointwise"]["bundle"] == "bundle"
-    (described,) = fields["inputs"]
-    assert (described["path"], described["rows"]) == (path, 2)
-    assert described["bytes"] == Path(path).stat().st_size
-    (output,) = fields["outputs"]
-    assert (output["stem"], output["queries"], output["regrouped"]) == ("run", 2, False)
-    assert len(output["shards"]) == 1
-
-
-@pytest.mark.parametrize("changed", ["bundle", "setting", "rows", "mtime", "shards", "garbage"])
-def test_another_jobs_folder_is_refused(
-    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = nested(tmp_path / "in.parquet", ["a", "b"])
-    out = str(tmp_path / "out")
-    claim(tmp_path, job(path, folder=out))
-    spec, sha256, plan_json = job(path, folder=out), "0" * 64, tmp_path / "out" / "plan.json"
-    match changed:
-        case "bundle":
-            sha256 = "1" * 64
-        case "setting":
-            spec = job(path, folder=out, interpolate=0.5)
-        case "rows":
-            nested(Path(path), ["a", "b", "c"])
-        case "mtime":
-            os.utime(path, (1, 1))
-        case "shards":
-            monkeypatch.setattr(plan, "SHARD_BYTES", 1)
-        case "garbage":
-            plan_json.write_text("[1")
-    before = plan_json.read_bytes()
-    with pytest.raises(ConfigurationError, match="another job") as caught:
-        claim(tmp_path, spec, sha256)
-    assert caught.value.exit_code == 78
-    assert "out" in caught.value.next_step
-    assert plan_json.read_bytes() == before
-
-
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError) as caught:
-        check_folder(tmp_path / "file" / "out")
-    assert caught.value.exit_code == 73
