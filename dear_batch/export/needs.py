@@ -49,7 +49,7 @@ def needs_from_config(config: dict[str, Any], task: Task, output: Path) -> Needs
         settings = AutoConfig.for_model(**{**config, "num_labels": 1})
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(
-            f"config.json does not describe a {config['model_type']} model: {str(error).splitlines()[0]}.",
+            f"config.json describes no {config['model_type']} model: {str(error).splitlines()[0]}.",
             next_step="fetch the checkpoint again",
         ) from error
     with torch.device("meta"):

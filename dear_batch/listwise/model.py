@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from dear_batch.errors import ConfigurationError
-from dear_batch.listwise.slots import ATTENTION, SlotCache
+from dear_batch.listwise.slots import ATTENTION, SlotCache, folded_mask
 
 if TYPE_CHECKING:
     from dear_batch.bundle import Bundle
@@ -93,7 +93,8 @@ class LanguageModel:
         rows, tokens = ids_RT.shape
         self.cache.grow(self.cache.used + tokens)
         self.cache.extend(rows)
-        hidden_RTH = self._forward(ids_RT, positions_RT.to(self.device), seen_RTS[:, None])
+        mask = folded_mask(seen_RTS, self.config, self._model.dtype)
+        hidden_RTH = self._forward(ids_RT, positions_RT.to(self.device), mask)
         self.cache.used += tokens
         return hidden_RTH
 

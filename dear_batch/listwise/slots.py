@@ -76,7 +76,7 @@ def slot_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Any, None]:
-    """Attention as transformers calls it; a mask (True: may be seen) means a decoding step.
+    """Attention as transformers calls it; a mask from `folded_mask` means a decoding step.
 
     Query heads that share a key-value head are laid side by side as more queries of it: the
     cache is read once, where repeating it for every head would copy it at each layer.
@@ -87,13 +87,22 @@ def slot_attention(
             query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=grouped
         )
     else:
-        rows, heads, tokens, size = query.shape
-        groups = heads // key.shape[1]
-        folded = query.reshape(rows, key.shape[1], groups * tokens, size)
-        mask = attention_mask.repeat(1, 1, groups, 1)
-        output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-        output = output.reshape(query.shape)
+        folded = query.reshape(*key.shape[:2], -1, query.shape[-1])
+        output = scaled_dot_product_attention(
+            folded, key, value, attn_mask=attention_mask, scale=scaling
+        ).reshape(query.shape)
     return output.transpose(1, 2), None
+
+
+def folded_mask(seen_RTS: Any, config: Any, dtype: Any) -> Any:
+    """What to add to the attention of a step, made once for all layers, [R, 1, G·T, S].
+
+    G query heads share a key-value head; `seen_RTS` is true where a token may look.
+    """
+    groups = config.num_attention_heads // config.num_key_value_heads
+    mask_RTS = torch.zeros(seen_RTS.shape, dtype=dtype, device=seen_RTS.device)
+    mask_RTS.masked_fill_(~seen_RTS, float("-inf"))
+    return mask_RTS.repeat(1, groups, 1)[:, None]
 
 
 AttentionInterface.register(ATTENTION, slot_attention)
