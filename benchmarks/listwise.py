@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from dear_batch.bundle import open_bundle
 from dear_batch.data import Permutation, Window
-from dear_batch.listwise.encoding import EncodedPrompt
 from dear_batch.listwise.grammar import Grammar
 from dear_batch.listwise.model import DTYPES, LanguageModel
-from dear_batch.listwise.ranker import ListwiseRanker, check_listwise
+from dear_batch.listwise.preflight import check_listwise
+from dear_batch.listwise.ranker import ListwiseRanker
 from dear_batch.listwise.windows import WindowRequest
 from dear_batch.specs import ListwiseSpec
 
@@ -191,7 +191,7 @@ def main() -> None:
     ours = Ours(bundle, model, spec)
     requests = windows(arguments.candidates, arguments.size, arguments.windows)
     encoded = ours.encoder.encode([(r.query, r.passages) for r in requests])
-    prompts = [p.ids.tolist() for p in encoded if isinstance(p, EncodedPrompt)]
+    prompts = [p.ids.tolist() for p in encoded if p]
     assert len(prompts) == len(requests)
     answer = ours.encoder.prompt.answer.text(ours.encoder.prompt.identifiers(arguments.size))
     new = len(tokenizer.encode(answer, add_special_tokens=False).ids)

@@ -132,7 +132,9 @@ class Permutation:
     the i-th choice among what the answer grammar left, 0 for the last one; NaN where the model
     chose nothing. `text` is all that the model wrote, reasoning first. `overruled` counts the
     tokens of the answer at which the model's own greedy token broke the grammar: where it is 0,
-    plain greedy decoding gives this very answer.
+    plain greedy decoding gives this very answer. Passages are cut to the prompt's own length,
+    and shortened further where the window would not fit; texts that spell a special token are
+    neutralised.
     """
 
     window: Window
@@ -148,6 +150,7 @@ class Permutation:
     overruled: int = 0
     cut_passages: int = 0
     shortened_passages: int = 0
+    neutralised_texts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,9 +134,10 @@ def listwise_facts(listwise: Mapping[str, Any]) -> dict[str, str]:
         "windows": f"{windows['total']:,}: {', '.join(by_status) or 'none'}",
         "listwise tokens": f"{listwise['prompt_tokens']:,} of prompts, "
         f"{listwise['answer_tokens']:,} of answers, {listwise['forwards']:,} forwards",
-        "overruled choices": f"{listwise['overruled']:,}",
+        "overruled tokens": f"{listwise['overruled']:,}",
         "passages": f"{listwise['cut_passages']:,} cut, "
-        f"{listwise['shortened_passages']:,} shortened to fit",
+        f"{listwise['shortened_passages']:,} shortened to fit, "
+        f"{listwise['neutralised_texts']:,} texts with special tokens neutralised",
         "listwise model": f"on {listwise['device']}, {listwise['precision']}",
     }
     reasons = listwise["failed_reasons"].items()

@@ -16,7 +16,8 @@ PAGES = [
     README,
     *((ROOT / n / "README.md").read_text(encoding="utf-8") for n in ("export", "jobs")),
 ]
-LINES = [line.strip() for page in PAGES for line in page.splitlines()]
+# A backslash at its end continues a command on the next line.
+LINES = [line.strip() for page in PAGES for line in page.replace("\\\n", "").splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("dear-batch ")]
 
 

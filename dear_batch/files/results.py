@@ -49,6 +49,7 @@ _TRANSCRIPTS: dict[str, Any] = {
     "overruled": pa.int32(),
     "cut_passages": pa.int32(),
     "shortened_passages": pa.int32(),
+    "neutralised_texts": pa.int32(),
 }
 _QUARANTINE: dict[str, Any] = {
     "reason": pa.string(),

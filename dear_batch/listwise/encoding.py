@@ -31,14 +31,13 @@ class EncodedPrompt:
     """The ids of one prompt, and what its texts lost or gained on the way.
 
     `cut_passages` were longer than the prompt's own limit, `shortened_passages` lost more
-    to fit into the context; `neutralised_passages` held special tokens as text.
+    to fit into the context; `neutralised_texts` (the query or passages) spelled special tokens.
     """
 
     ids: NDArray[np.int32]
     cut_passages: int
     shortened_passages: int
-    neutralised_passages: int
-    neutralised_query: bool
+    neutralised_texts: int
 
     @property
     def sha256(self) -> str:
@@ -46,25 +45,16 @@ class EncodedPrompt:
         return hashlib.sha256(self.ids.astype("<i4").tobytes()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class PromptTooLong:
-    """`tokens` with one unit of every passage, where `max_tokens` fit."""
-
-    tokens: int
-    max_tokens: int
-
-
 @dataclass(slots=True)
 class _Search:
     """For the longest passages of a request that fit: `high` is too long, `best` fits.
 
-    `tokens` is the length at `high`. A longer text can have fewer tokens, so what is found is
-    a cap that fits while the next one does not.
+    A longer text can have fewer tokens, so what is found is a cap that fits while the next one
+    does not.
     """
 
     request: Request
     high: int
-    tokens: int
     low: int = 0
     best: EncodedPrompt | None = None
 
@@ -78,7 +68,7 @@ class _Search:
         if len(tried.ids) <= max_tokens:
             self.low, self.best = self.cap, tried
         else:
-            self.high, self.tokens = self.cap, len(tried.ids)
+            self.high = self.cap
 
 
 class PromptEncoder:
@@ -114,19 +104,19 @@ class PromptEncoder:
         encoder._smallest(2)  # a template that refuses the conversation does so here
         return encoder
 
-    def encode(self, requests: Sequence[Request]) -> list[EncodedPrompt | PromptTooLong]:
-        """Encode `(query, passages)` requests; thread-safe, releases the GIL."""
-        limits = [self.prompt.limit] * len(requests)
-        results: list[EncodedPrompt | PromptTooLong] = [*self._encode(requests, limits)]
+    def encode(self, requests: Sequence[Request]) -> list[EncodedPrompt | None]:
+        """Encode `(query, passages)` requests; thread-safe, releases the GIL.
+
+        None where even one unit of every passage does not fit.
+        """
+        whole = self._encode(requests, [self.prompt.limit] * len(requests))
         searches = {
-            i: self._search(requests[i], len(prompt.ids))
-            for i, prompt in enumerate(results)
-            if isinstance(prompt, EncodedPrompt) and len(prompt.ids) > self.max_tokens
+            i: self._search(requests[i])
+            for i, prompt in enumerate(whole)
+            if len(prompt.ids) > self.max_tokens
         }
         self._shorten([*searches.values()])
-        for i, search in searches.items():
-            results[i] = search.best or PromptTooLong(search.tokens, self.max_tokens)
-        return results
+        return [searches[i].best if i in searches else prompt for i, prompt in enumerate(whole)]
 
     def check_window(self, n: int) -> None:
         """Check that windows of n passages can fit at all.
@@ -164,9 +154,9 @@ class PromptEncoder:
         (prompt,) = self._encode([("", ["a"] * n)], [1])
         return prompt
 
-    def _search(self, request: Request, tokens: int) -> _Search:
+    def _search(self, request: Request) -> _Search:
         longest = max((self.prompt.units(passage) for passage in request[1]), default=1)
-        return _Search(request, min(longest, self.prompt.limit), tokens)
+        return _Search(request, min(longest, self.prompt.limit))
 
     def _shorten(self, searches: Sequence[_Search]) -> None:
         """Bisect all caps in step, one call of the tokenizer a round."""
@@ -188,17 +178,16 @@ class PromptEncoder:
             for encoding, (_, counts) in zip(encodings, laid_out, strict=True)
         ]
 
-    def _lay_out(self, request: Request, cap: int) -> tuple[str, tuple[int, int, int, bool]]:
+    def _lay_out(self, request: Request, cap: int) -> tuple[str, tuple[int, int, int]]:
         """The prompt's text, and the counts of an `EncodedPrompt`."""
         query, passages = request
         lengths = [self.prompt.units(passage) for passage in passages]
         cut = [self.prompt.cut(passage, cap) for passage in passages]
-        safe_query, *safe = [self._neutral(text) for text in (query, *cut)]
+        safe_query, *safe = neutral = [self._neutral(text) for text in (query, *cut)]
         counts = (
             sum(length > self.prompt.limit for length in lengths),
             sum(length > cap for length in lengths) if cap < self.prompt.limit else 0,
-            sum(before != after for before, after in zip(cut, safe, strict=True)),
-            safe_query != query,
+            sum(a != b for a, b in zip(neutral, (query, *cut), strict=True)),
         )
         return self._render(self.prompt.messages(safe_query, safe)), counts
 

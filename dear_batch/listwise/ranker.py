@@ -3,7 +3,6 @@
 Knows nothing of files, shards, or what becomes of an order.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Self
 from tokenizers import Tokenizer
 
 from dear_batch.data import Permutation
-from dear_batch.errors import ConfigurationError, missing_extra
-from dear_batch.listwise.encoding import EncodedPrompt, PromptEncoder, PromptTooLong
+from dear_batch.errors import missing_extra
+from dear_batch.listwise.encoding import EncodedPrompt, PromptEncoder
 from dear_batch.listwise.grammar import Grammar, Vocabulary
-from dear_batch.listwise.prompts import Prompt, load_prompt
-from dear_batch.listwise.windows import WindowRequest, kept
+from dear_batch.listwise.preflight import answer_tokens, check_listwise
+from dear_batch.listwise.prompts import Prompt
+from dear_batch.listwise.windows import WindowRequest
 from dear_batch.specs import ListwiseSpec
 
 try:
@@ -97,20 +97,14 @@ class ListwiseRanker:
     ) -> list[Permutation]:
         """Order windows that do not depend on each other; permutations in their order.
 
-        A window that cannot be ordered fails alone. `done` is told the number of windows that
-        are finished.
+        Each has two passages or more. One that cannot be ordered fails alone. `done` is told
+        the number of windows that are finished.
         """
-        asked = [i for i, request in enumerate(requests) if len(request.passages) > 1]
-        results = {i: kept(r.window) for i, r in enumerate(requests) if len(r.passages) <= 1}
-        encoded = self._encoder.encode([(requests[i].query, requests[i].passages) for i in asked])
-        prompts = dict[int, EncodedPrompt]()
-        for i, prompt in zip(asked, encoded, strict=True):
-            if isinstance(prompt, PromptTooLong):
-                results[i] = _too_long(requests[i], prompt)
-            else:
-                prompts[i] = prompt
-        for batch in self._batches(prompts):
-            results |= self._decode({i: (requests[i], prompts[i]) for i in batch})
+        prompts = self._encoder.encode([(r.query, r.passages) for r in requests])
+        fitting = {i: p for i, p in enumerate(prompts) if p}
+        results = {i: _too_long(r) for i, r in enumerate(requests) if i not in fitting}
+        for batch in self._batches(fitting):
+            results |= self._decode({i: (requests[i], fitting[i]) for i in batch})
             done(len(results))
         return [results[i] for i in range(len(requests))]
 
@@ -165,58 +159,18 @@ class ListwiseRanker:
             overruled=row.overruled,
             cut_passages=prompt.cut_passages,
             shortened_passages=prompt.shortened_passages,
+            neutralised_texts=prompt.neutralised_texts,
         )
 
     def _teach(self, passages: int) -> None:
         """Learn from a small window how this model spells what answers must hold."""
         (prompt,) = self._encoder.encode([("a", [f"passage {i}" for i in range(passages)])])
-        if isinstance(prompt, EncodedPrompt):
+        if prompt:
             identifiers = self._encoder.prompt.identifiers(passages)
             writer = Writer(self._speller, self._speller.grammar.start(identifiers))
             writer.begin([int(prompt.ids[-1])])
             self._decoder.decode([Row(prompt.ids, writer)])
             self._speller.remember()
-
-
-def check_listwise(bundle: "Bundle", spec: ListwiseSpec) -> PromptEncoder:
-    """Find out without the weights whether a bundle, a prompt and windows fit together.
-
-    Raises:
-        ConfigurationError: a pointwise bundle, a model without what the prompt needs, a
-            tokenizer that cannot spell the identifiers, or windows too large for the model.
-        UsageError: no such prompt, or reasoning with a prompt that does not know what ends it.
-    """
-    if bundle.manifest.task != "listwise":
-        raise ConfigurationError(
-            f"The bundle {bundle.folder} is a {bundle.manifest.task} scorer; it cannot write.",
-            valid="a listwise bundle (a causal language model) for --listwise",
-            next_step=f"dear-batch inspect {bundle.folder}",
-        )
-    prompt = load_prompt(spec.prompt)
-    if spec.reasoning_tokens and prompt.reasoning is None:
-        raise ConfigurationError(
-            f"The prompt {prompt.name} does not say what closes the reasoning.",
-            valid='a [reasoning] table with close = "</think>", or --reasoning-tokens 0',
-        )
-    room = context(bundle) - answer_tokens(prompt, spec)
-    encoder = PromptEncoder.from_bundle(bundle, prompt, room)
-    encoder.check_identifiers(spec.window)
-    encoder.check_window(min(spec.window, spec.depth))
-    return encoder
-
-
-def context(bundle: "Bundle") -> int:
-    """The tokens that the model can see at once."""
-    config = json.loads(bundle.file("config.json").read_text(encoding="utf-8"))
-    return int(min(config["max_position_embeddings"], config.get("sliding_window") or float("inf")))
-
-
-def answer_tokens(prompt: Prompt, spec: ListwiseSpec) -> int:
-    """Room for what the model writes, in tokens; an answer has at most one a character."""
-    answer = prompt.answer
-    text = max(answer.lead, key=len) + answer.text(prompt.identifiers(spec.window))
-    closing = len(prompt.reasoning.close) if prompt.reasoning and spec.reasoning_tokens else 0
-    return len(text) + spec.reasoning_tokens + closing
 
 
 def _rules(
@@ -227,7 +181,7 @@ def _rules(
     return Rules(tokenizer, prompt.reasoning.close, spec.reasoning_tokens, end_ids)
 
 
-def _too_long(request: WindowRequest, prompt: PromptTooLong) -> Permutation:
-    detail = f"the prompt has {prompt.tokens} tokens without its passages, {prompt.max_tokens} fit"
+def _too_long(request: WindowRequest) -> Permutation:
     places = tuple(range(len(request.passages)))
+    detail = "the query leaves no room for the passages"
     return Permutation(request.window, places, "failed", (nan,) * len(places), detail=detail)

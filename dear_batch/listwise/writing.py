@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from dear_batch.listwise.grammar import Grammar, State, Vocabulary
 
 Logits = NDArray[np.float32]
-# A guess at the first token of an identifier costs a token and saves a forward when it is
-# right: it pays from about one chance in eight (benchmarks/results/listwise-guesses.json).
-SHARED_START = 0.25
+# A guessed token makes a step about an eighth dearer and, when it is right, saves one
+# (benchmarks/results/listwise-cache.json: milliseconds by tokens a step).
+SHARED_START = 1 / 8
 
 
 class Speller:
@@ -47,10 +47,10 @@ class Speller:
         """Keep how a segment was spelled: a forced text, or whatever comes before `open`."""
         self._learned[segment] = tuple(tokens)
 
-    def guess(self, state: State, spelled: Sequence[int]) -> list[int]:
+    def guess(self, state: State, forced: str, spelled: Sequence[int]) -> list[int]:
         """Tokens that probably follow; `spelled` are those of the identifier being typed."""
-        text = self._expected(state, tuple(spelled))
-        path = self._learned.get(self.segment(state) or text) or self._spelling(text)
+        text = self._expected(state, forced, tuple(spelled))
+        path = self._learned.get(segment(state, forced) or text) or self._spelling(text)
         following = self.grammar.read(state, "".join(self.texts[token] for token in path))
         return [*path, *self._shared_start(following)] if following else list(path)
 
@@ -59,19 +59,16 @@ class Speller:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=False)
         return text
 
-    def segment(self, state: State) -> str:
-        """What is to be learned of: the start of an answer, or its forced text."""
-        return "\0".join(state.pending) if state.pending[1:] else self.grammar.forced(state)
-
-    def _expected(self, state: State, spelled: tuple[int, ...]) -> str:
+    def _expected(self, state: State, forced: str, spelled: tuple[int, ...]) -> str:
         if state.pending[1:]:
             return state.pending[0]
-        forced = self.grammar.forced(state)
         if forced or state.typed not in state.unused:
             return forced
         # Whole, unless a longer identifier begins with these very tokens.
         longer = [u for u in state.unused if u.startswith(state.typed) and u != state.typed]
-        if any(self._spelling(u)[: len(spelled)] == spelled for u in longer):
+        if any(
+            self._spelling(u, self.grammar.answer.open)[: len(spelled)] == spelled for u in longer
+        ):
             return ""
         return self.grammar.answer.between
 
@@ -79,20 +76,26 @@ class Speller:
         """The token with which many of the unused identifiers begin, where several do."""
         if state.done or state.typed or state.pending:
             return []
-        starts = Counter(self._spelling(u)[:1] for u in state.unused)
+        behind = self.grammar.answer.open
+        starts = Counter(self._spelling(u, behind)[:1] for u in state.unused)
         start, count = starts.most_common(1)[0]
         return list(start) if count > max(1, SHARED_START * len(state.unused)) else []
 
-    def _spelling(self, text: str) -> tuple[int, ...]:
-        """The tokenizer's own spelling behind an identifier; empty where it merges with that."""
+    def _spelling(self, text: str, behind: str = "1") -> tuple[int, ...]:
+        """The tokenizer's own spelling behind some text; empty where it merges with that."""
         if text not in self._standard:
-            ids = self._tokenizer.encode(f"1{text}", add_special_tokens=False).ids
+            ids = self._tokenizer.encode(behind + text, add_special_tokens=False).ids
             path: list[int] = []
             while ids and len("".join(self.texts.get(i, "") for i in path)) < len(text):
                 path.insert(0, ids.pop())
             found = "".join(self.texts.get(i, "") for i in path)
             self._standard[text] = tuple(path) if found == text else ()
         return self._standard[text]
+
+
+def segment(state: State, forced: str) -> str:
+    """What is to be learned of a place in an answer: its start, or what is forced there."""
+    return "\0".join(state.pending) if state.pending[1:] else forced
 
 
 @dataclass(slots=True)
@@ -111,6 +114,7 @@ class Writer:
     logprobs: list[float] = field(default_factory=list)
     failure: str = ""
     rest: str = ""
+    _forced: str = ""  # behind `state`
     _logprob: float = 0.0
     _spelled: list[int] = field(default_factory=list)
     _segment: str = ""
@@ -118,7 +122,7 @@ class Writer:
 
     def begin(self, given: Sequence[int]) -> None:
         """Go on behind these tokens, which stand."""
-        self.feed = [*given, *self.speller.guess(self.state, self._spelled)]
+        self.feed = [*given, *self.speller.guess(self.state, self._forced, self._spelled)]
         self.given = len(given)
 
     @property
@@ -154,27 +158,30 @@ class Writer:
         token, following = allowed[best]
         before, self.state = self.state, following
         self.tokens.append(vocabulary.ids[token])
-        chose = self._has_chosen(before, vocabulary.texts[token])
-        if chose:
-            self._logprob -= float(np.log(np.exp(values_A - values_A[best]).sum()))
-        self._note(before, vocabulary.ids[token], chose=chose)
+        self._note(before, vocabulary.ids[token], vocabulary.texts[token], values_A)
         self._skip_to_the_end()
         return frozenset(vocabulary.ids[t] for t, _ in allowed)
 
-    def _has_chosen(self, before: State, text: str) -> bool:
-        """Whether a token was part of the choice of an identifier: something else could stand."""
-        changed = (before.typed, before.chosen) != (self.state.typed, self.state.chosen)
-        return changed and not self.speller.grammar.forced(before).startswith(text)
-
-    def _note(self, before: State, token: int, *, chose: bool) -> None:
+    def _note(self, before: State, token: int, text: str, values_A: Logits) -> None:
         """Keep the books: log-probabilities of identifiers, and spellings of segments."""
-        new = len(self.state.chosen) - len(before.chosen)
+        forced, after = self._forced, self.state
+        # Behind a forced text stands a choice, so what is left of it is all that is forced.
+        within = bool(forced) and forced.startswith(text)
+        self._forced = forced[len(text) :] if within else self.speller.grammar.forced(after)
+        chose = not within and (before.typed, before.chosen) != (after.typed, after.chosen)
+        if chose:
+            self._logprob -= float(np.log(np.exp(values_A - values_A.max()).sum()))
+        new = len(after.chosen) - len(before.chosen)
         if new:
             self.logprobs += [self._logprob, *[0.0] * (new - 1)]
             self._logprob, self._spelled = 0.0, []
-        if self.state.typed:
+        if after.typed:
             self._spelled.append(token)
-        self._segment = self._segment or self.speller.segment(before)
+        self._learn(segment(before, forced), token, chose=chose)
+
+    def _learn(self, place: str, token: int, *, chose: bool) -> None:
+        """Gather the tokens of a segment until an identifier begins."""
+        self._segment = self._segment or place
         if self._segment and not chose:
             self._path.append(token)
         if self._segment and (chose or not self.state.pending):
@@ -183,9 +190,11 @@ class Writer:
 
     def _skip_to_the_end(self) -> None:
         """The last identifier is free: where all the rest is forced, it is as good as written."""
-        rest = self.speller.grammar.forced(self.state)
-        end = self.speller.grammar.read(self.state, rest)
+        grammar = self.speller.grammar
+        if not self.state.done and not self._forced.endswith(grammar.answer.close):
+            return
+        end = grammar.read(self.state, self._forced)
         if end is not None and end.done:
             free = len(end.chosen) - len(self.logprobs)
             self.logprobs += [self._logprob, *[0.0] * (free - 1)][:free]
-            self.state, self.rest = end, rest
+            self.state, self.rest = end, self._forced

@@ -22,6 +22,7 @@ from dear_batch.files.results import (
     run_writer,
     transcript_writer,
 )
+from dear_batch.listwise.preflight import check_listwise
 from dear_batch.run.folder import listwise_settings, plan_listwise, replan
 from dear_batch.run.handover import part_path, read_handover
 from dear_batch.run.report import ListwiseTally
@@ -45,10 +46,6 @@ def prepare(spec: ListwiseSpec) -> Bundle:
         if find_spec(package) is None:
             raise missing_extra(package, "listwise", "The listwise stage")
     bundle = open_bundle(spec.bundle, task="listwise")
-    try:
-        from dear_batch.listwise.ranker import check_listwise
-    except ModuleNotFoundError as error:
-        raise missing_extra(str(error.name), "listwise", "The listwise stage") from error
     check_listwise(bundle, spec)
     return bundle
 

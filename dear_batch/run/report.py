@@ -21,6 +21,7 @@ AMOUNTS = (
     "overruled",
     "cut_passages",
     "shortened_passages",
+    "neutralised_texts",
 )
 
 

@@ -72,6 +72,7 @@ class RandomModel:
                 int(row.argmax()) not in a for row, a in zip(full, allowed, strict=False)
             )
             context = list(writer.tokens)
+            assert writer.done or writer._forced == GRAMMAR.forced(writer.state)
         return writer, forwards, overruled
 
 
