@@ -3,8 +3,8 @@
 Takes the first windows of a RankGPT file in first-stage order and writes their answers four
 ways: dear-batch; `generate` on a batch; `generate` one by one; transformers' continuous
 batching. Theirs write as many tokens as a full answer has, whatever they write (their end of
-text does not stop them, so that the work compared is that of a full answer). Prefill is
-measured apart: by the clock in ours, as a run for one token in theirs; decode is the rest.
+text does not stop them, so that the work compared is that of a full answer). Prefill ends with
+the last forward that reads prompts; decode is the rest of the call, whatever it is spent on.
 Medians of repeated, alternating runs; the last line is JSON.
 
     python benchmarks/listwise.py BUNDLE CANDIDATES.json --size 20 --windows 8
@@ -82,51 +82,50 @@ class Ours:
         return {"prefill": prefill, "decode": total - prefill}, permutations
 
 
-def generate(model: Any, prompts: Sequence[list[int]], new: int, batch: int) -> list[list[int]]:
-    """Greedy answers; prompts of similar lengths together, padded on the left."""
-    model.set_attn_implementation("sdpa")
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, list[int]] = {}
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        longest = max(len(prompts[i]) for i in part)
-        ids = torch.zeros((len(part), longest), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(part):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, longest - len(prompts[i]) :] = 1
-        output = model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=new, eos_token_id=None
-        )
-        answers |= dict(zip(part, output[:, longest:].tolist(), strict=True))
-    return [answers[i] for i in range(len(prompts))]
+class Watch:
+    """When the forwards of a Hugging Face model end, and how many tokens each had."""
 
+    def __init__(self, model: Any) -> None:
+        self.ends: list[tuple[float, int]] = []
+        model.model.register_forward_hook(self._note)
 
-def timed_generate(
-    model: Any, prompts: Sequence[list[int]], new: int, batch: int
-) -> tuple[dict[str, float], list[list[int]]]:
-    start = time.perf_counter()
-    generate(model, prompts, 1, batch)
-    middle = time.perf_counter()
-    answers = generate(model, prompts, new, batch)
-    total = time.perf_counter() - middle
-    prefill = middle - start
-    return {"prefill": prefill, "decode": total - prefill}, answers
+    def _note(self, _module: Any, _inputs: Any, output: Any) -> None:
+        self.ends.append((time.perf_counter(), output[0].shape[:-1].numel()))
 
-
-def continuous(model: Any, prompts: Sequence[list[int]], new: int) -> dict[str, float]:
-    """Continuous batching of transformers (paged cache); the first call warms it up."""
-    model.set_attn_implementation("sdpa")
-    seconds = {}
-    for name, tokens in (("warm-up", 1), ("prefill", 1), ("total", new)):
-        settings = GenerationConfig(
-            max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
+    def timed(self, call: Callable[[], Any], rows: int) -> tuple[dict[str, float], Any]:
+        """Forwards of more tokens than rows read prompts."""
+        self.ends.clear()
         start = time.perf_counter()
-        outputs = model.generate_batch(inputs=list(prompts), generation_config=settings)
-        seconds[name] = time.perf_counter() - start
-        assert all(len(output.generated_tokens) == tokens for output in outputs.values())
-    return {"prefill": seconds["prefill"], "decode": seconds["total"] - seconds["prefill"]}
+        result = call()
+        end = time.perf_counter()
+        read = max(at for at, tokens in self.ends if tokens > rows)
+        return {"prefill": read - start, "decode": end - read}, result
+
+
+def generate(model: Any, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
+    """Greedy answers of one batch, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    output = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=new, eos_token_id=None
+    )
+    answers: list[list[int]] = output[:, longest:].tolist()
+    return answers
+
+
+def continuous(model: Any, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
+    """Continuous batching of transformers, with its paged cache."""
+    settings = GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    outputs = model.generate_batch(inputs=list(prompts), generation_config=settings, warmup=False)
+    answers = [outputs[f"req_{i}"].generated_tokens for i in range(len(prompts))]
+    assert all(len(answer) == new for answer in answers)
+    return answers
 
 
 def verdicts(
@@ -198,14 +197,17 @@ def main() -> None:
     ends = LanguageModel(model).end_ids
     few = prompts[: arguments.one_by_one]
 
+    watch = Watch(model)
     our_runs, batch_runs = [], []
     for _ in range(arguments.repeats):
         seconds, permutations = ours.run(requests)
         our_runs.append(seconds)
-        seconds, answers = timed_generate(model, prompts, new, len(prompts))
+        model.set_attn_implementation("sdpa")
+        seconds, answers = watch.timed(lambda: generate(model, prompts, new), len(prompts))
         batch_runs.append(seconds)
-    alone_seconds, alone = timed_generate(model, few, new, 1)
-    paged_seconds = continuous(model, few, new)
+    alone = [watch.timed(lambda p=p: generate(model, [p], new), 1) for p in few]
+    alone_answers = [answer for _, [answer] in alone]
+    paged_seconds, _ = watch.timed(lambda: continuous(model, few, new), len(few))
 
     n = len(requests)
     mine, batched = median(our_runs, n), median(batch_runs, n)
@@ -221,7 +223,7 @@ def main() -> None:
         "seconds_a_window": {
             "dear_batch": mine,
             "generate_batched": batched,
-            "generate_one_by_one": median([alone_seconds], len(few)),
+            "generate_one_by_one": median([seconds for seconds, _ in alone], 1),
             "continuous_batching": median([paged_seconds], len(few)),
         },
         "windows_of_the_slow_ways": len(few),
@@ -238,7 +240,7 @@ def main() -> None:
         },
         "theirs_batched": verdicts(answers, permutations, tokenizer, ours.encoder.prompt, ends),
         "theirs_one_by_one": verdicts(
-            alone, permutations[: len(few)], tokenizer, ours.encoder.prompt, ends
+            alone_answers, permutations[: len(few)], tokenizer, ours.encoder.prompt, ends
         ),
         "ours_invalid": sum(
             p.status != "ok" or sorted(p.order) != list(range(arguments.size)) for p in permutations

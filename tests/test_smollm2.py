@@ -64,3 +64,62 @@ def test_golden_ids_of_the_real_tokenizer(base: Path) -> None:
 
 
 GOLDEN = [8433, 42, 617, 18907, 6956, 47, 17483, 42, 216, 48923, 30]
+
+
+@pytest.mark.parametrize("prompt", ["readme", "rankllm-chat"])
+def test_listwise_orders_are_those_of_generate_under_the_mask(
+    base: Path, tmp_path: Path, texts: tuple[str, ...], prompt: str
+) -> None:
+    """Hugging Face's own `generate`, one window at a time, a forward a token."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    from dear_batch.bundle import open_bundle
+    from dear_batch.data import Window
+    from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
+    from dear_batch.listwise.grammar import Grammar, Vocabulary
+    from dear_batch.listwise.preflight import check_listwise
+    from dear_batch.listwise.ranker import ListwiseRanker
+    from dear_batch.listwise.windows import WindowRequest
+    from dear_batch.specs import ExportSpec, ListwiseSpec
+
+    plan = Plan(ExportSpec(model=str(base), output=str(tmp_path / "bundle")))
+    bundle_from_checkpoint(plan, lambda _step: None)
+    bundle = open_bundle(tmp_path / "bundle", task="listwise")
+    spec = ListwiseSpec("unused", prompt, window=12, depth=12)
+    encoder = check_listwise(bundle, spec)
+    sizes = [12, 5, 11]
+    requests = [
+        WindowRequest(Window(f"q{n}", 0, n), "how are rivers made?", texts[n : 2 * n])
+        for n in sizes
+    ]
+    permutations = ListwiseRanker.open(bundle, spec, "cpu").rank(requests)
+
+    tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
+    grammar, identifiers = Grammar(encoder.prompt.answer), encoder.prompt.identifiers(12)
+    vocabulary = Vocabulary.of(tokenizer, grammar, identifiers)
+    known = dict(zip(vocabulary.ids, vocabulary.texts, strict=True))
+    model = AutoModelForCausalLM.from_pretrained(bundle.folder)
+    prompts = encoder.encode([(r.query, r.passages) for r in requests])
+    for n, encoded, permutation in zip(sizes, prompts, permutations, strict=True):
+        assert encoded
+        length, start = len(encoded.ids), grammar.start(identifiers[:n])
+
+        def allowed(_batch: int, ids: torch.Tensor, length: int = length, start=start) -> list[int]:  # noqa: ANN001
+            state = grammar.read(start, "".join(known[t] for t in ids[length:].tolist()))
+            assert state is not None
+            return [2] if state.done else [vocabulary.ids[t] for t, _ in vocabulary.allowed(state)]
+
+        output = model.generate(
+            torch.from_numpy(encoded.ids).long()[None],
+            do_sample=False,
+            max_new_tokens=120,
+            prefix_allowed_tokens_fn=allowed,
+        )
+        written = output[0, length:].tolist()
+        state = grammar.read(start, "".join(known.get(t, "") for t in written))
+        assert state is not None
+        order = [int(i) - encoder.prompt.first_identifier for i in state.chosen]
+        assert list(permutation.order) == order
+        assert permutation.forwards < len(written) / 2

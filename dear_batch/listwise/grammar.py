@@ -8,6 +8,7 @@ and none is preferred. Knows nothing of models.
 import os.path
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Self
 
 from tokenizers import Tokenizer
@@ -46,26 +47,29 @@ class Grammar:
             tuple(lead + self.answer.open for lead in self.answer.lead), "", tuple(identifiers)
         )
 
-    def after(self, state: State, character: str) -> State | None:
-        """The next state, None where the character breaks the grammar; after the end all goes."""
-        if state.done:
-            return state
+    def following(self, state: State) -> dict[str, State]:
+        """The state behind each character that may come next; none behind the end."""
         if state.pending:
-            rest = tuple(p[1:] for p in state.pending if p[0] == character)
-            return self._behind(rest, state) if rest else None
-        typed = state.typed + character
-        if any(u.startswith(typed) for u in state.unused):
-            return State((), typed, state.unused, state.chosen)
-        if state.typed in state.unused and self._following(state)[0] == character:
-            unused = tuple(u for u in state.unused if u != state.typed)
-            rest = (self._following(state)[1:],)
-            return self._behind(rest, State((), "", unused, (*state.chosen, state.typed)))
-        return None
+            firsts = {
+                p[0]: tuple(q[1:] for q in state.pending if q[0] == p[0]) for p in state.pending
+            }
+            return {c: self._behind(rest, state) for c, rest in firsts.items()}
+        typed, size = state.typed, len(state.typed)
+        nexts = {u[size] for u in state.unused if len(u) > size and u.startswith(typed)}
+        found = {c: State((), typed + c, state.unused, state.chosen) for c in nexts}
+        if typed in state.unused:
+            text = self._closing(state)
+            unused = tuple(u for u in state.unused if u != typed)
+            chosen = State((), "", unused, (*state.chosen, typed))
+            found[text[0]] = self._behind((text[1:],), chosen)
+        return found
 
     def read(self, state: State, text: str) -> State | None:
-        """The state after a text."""
+        """The state after a text, None where it breaks the grammar; after the end all goes."""
         for character in text:
-            following = self.after(state, character)
+            if state.done:
+                return state
+            following = self.following(state).get(character)
             if following is None:
                 return None
             state = following
@@ -80,11 +84,11 @@ class Grammar:
         if len(candidates) != 1:
             common = os.path.commonprefix(candidates)  # noqa: RUF071 - characters, not paths
             return pending + common[len(state.typed) :]
-        text = pending + candidates[0][len(state.typed) :] + self._following(state)
+        text = pending + candidates[0][len(state.typed) :] + self._closing(state)
         unused = tuple(u for u in state.unused if u != candidates[0])
         return text + self.forced(State((), "", unused))
 
-    def _following(self, state: State) -> str:
+    def _closing(self, state: State) -> str:
         """What comes behind the identifier that is typed."""
         return self.answer.between if len(state.unused) > 1 else self.answer.close
 
@@ -125,17 +129,20 @@ class Vocabulary:
         return cls({i: t for i, t in texts.items() if _usable(t, grammar, identifiers)}, grammar)
 
     def allowed(self, state: State) -> list[tuple[int, State]]:
-        """Tokens that keep to the grammar, each with the state behind it."""
-        return list(self._walk(self._root, state))
+        """Tokens that keep to the grammar, by index, each with the state behind it."""
+        return sorted(self._walk(self._root, state), key=itemgetter(0))
 
     def _walk(self, node: _Node, state: State) -> Iterator[tuple[int, State]]:
-        for character, child in node.children.items():
-            following = self._grammar.after(state, character)
-            if following is not None:
+        following = (
+            dict.fromkeys(node.children, state) if state.done else self._grammar.following(state)
+        )
+        for character, behind in following.items():
+            child = node.children.get(character)
+            if child is not None:
                 for token in child.tokens:
-                    yield token, following
+                    yield token, behind
                 if child.children:
-                    yield from self._walk(child, following)
+                    yield from self._walk(child, behind)
 
 
 def token_texts(tokenizer: Tokenizer, before: str) -> dict[int, str]:

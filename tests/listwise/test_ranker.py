@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.data import Window
 from dear_batch.errors import ConfigurationError, UsageError
-from dear_batch.listwise.prompts import BUILT_IN
 from dear_batch.listwise.preflight import check_listwise
+from dear_batch.listwise.prompts import BUILT_IN
 from dear_batch.listwise.ranker import ListwiseRanker
 from dear_batch.listwise.windows import WindowRequest
 from dear_batch.specs import ListwiseSpec
