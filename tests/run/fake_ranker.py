@@ -95,8 +95,9 @@ def install(patch: pytest.MonkeyPatch, **settings: Any) -> Fake:
 
     module: Any = ModuleType("dear_batch.listwise.ranker")
     module.ListwiseRanker = ListwiseRanker
-    module.check_listwise = lambda bundle, spec: fake.checked.append((bundle, spec))
     patch.setitem(sys.modules, module.__name__, module)
+    check = lambda bundle, spec: fake.checked.append((bundle, spec))  # noqa: E731
+    patch.setattr("dear_batch.run.listwise.check_listwise", check)
     return fake
 
 

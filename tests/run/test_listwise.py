@@ -618,12 +618,11 @@ def test_what_the_model_side_refuses_is_refused_before_stage_one(
     spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch)
-    import sys
 
     def refuse(*_: object) -> None:
         raise ConfigurationError("windows too large for the model")
 
-    monkeypatch.setattr(sys.modules["dear_batch.listwise.ranker"], "check_listwise", refuse)
+    monkeypatch.setattr("dear_batch.run.listwise.check_listwise", refuse)
     refused(spec, "windows too large")
 
 
