@@ -4,7 +4,8 @@
   (what paged attention is without a kernel of its own), and over a cache that grows by
   concatenation.
 - Rows in a batch.
-- Prompts read whole, or behind a shared prefix that is in the cache already.
+- Tokens in a step.
+- Prompts read whole, or behind a shared start that another row has read.
 
     python benchmarks/listwise_cache.py MODEL
 """
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from dear_batch.listwise.model import LanguageModel
 from dear_batch.listwise.slots import SlotCache
 
-SLOTS, STEP, PREFIX, REPEATS = 1600, 5, 40, 5
+SLOTS, STEP, PREFIX, REPEATS = 1600, 5, 40, 7
 
 
 class PagedCache(SlotCache):
@@ -60,13 +61,13 @@ def median_ms(call: Callable[[], object]) -> float:
     return 1000 * statistics.median(times)
 
 
-def step_ms(model: LanguageModel, rows: int, kind: type[SlotCache]) -> float:
+def step_ms(model: LanguageModel, rows: int, kind: type[SlotCache], tokens: int = STEP) -> float:
     """Milliseconds a row of a step."""
-    model.begin(rows, SLOTS + STEP)
+    model.begin(rows, SLOTS + tokens)
     model.cache.__class__ = kind
-    ids = torch.randint(5, 4000, (rows, STEP))
-    positions = SLOTS + torch.arange(STEP).expand(rows, -1)
-    seen = torch.ones(rows, STEP, SLOTS + STEP, dtype=torch.bool)
+    ids = torch.randint(5, 4000, (rows, tokens))
+    positions = SLOTS + torch.arange(tokens).expand(rows, -1)
+    seen = torch.ones(rows, tokens, SLOTS + tokens, dtype=torch.bool)
 
     def step() -> None:
         model.cache.used = SLOTS
@@ -75,19 +76,12 @@ def step_ms(model: LanguageModel, rows: int, kind: type[SlotCache]) -> float:
     return round(median_ms(step) / rows, 2)
 
 
-def prompt_ms(model: LanguageModel, *, shared: bool) -> float:
-    ids = torch.randint(5, 4000, (1, SLOTS))
-    model.begin(1, SLOTS + STEP)
-    if not shared:
-        return round(median_ms(lambda: model.read_prompts(0, ids.tolist())), 1)
-    model.read_prompts(0, ids[:, :PREFIX].tolist())
-    seen = torch.ones(1, SLOTS - PREFIX, SLOTS, dtype=torch.bool).tril(PREFIX)
-
-    def suffix() -> None:
-        model.cache.used = PREFIX
-        model.step(ids[:, PREFIX:], torch.arange(PREFIX, SLOTS)[None], seen)
-
-    return round(median_ms(suffix), 1)
+def prompt_ms(model: LanguageModel, tokens: int, shared: int) -> float:
+    """Of a prompt of so many tokens, behind `shared` of them that another row has read."""
+    ids = torch.randint(5, 4000, (1, tokens)).tolist()
+    model.begin(2, tokens)
+    model.read_prompts(0, ids)
+    return round(median_ms(lambda: model.read_prompts(1, ids, shared)), 1)
 
 
 def main() -> None:
@@ -105,9 +99,15 @@ def main() -> None:
             "step_ms_a_row_by_rows": {
                 rows: step_ms(language_model, rows, SlotCache) for rows in (1, 4, 8, 16, 32)
             },
+            "step_ms_a_row_of_8_by_tokens": {
+                tokens: step_ms(language_model, 8, SlotCache, tokens) for tokens in (1, 4, 5, 6, 8)
+            },
             "prompt_ms": {
-                "whole": prompt_ms(language_model, shared=False),
-                f"behind {PREFIX} shared tokens": prompt_ms(language_model, shared=True),
+                tokens: {
+                    "whole": prompt_ms(language_model, tokens, 0),
+                    f"behind {PREFIX} shared": prompt_ms(language_model, tokens, PREFIX),
+                }
+                for tokens in (400, 800, 1600)
             },
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -74,23 +74,29 @@ class PermutationDecoder:
         self._model.end()
 
     def _read(self, rows: Sequence[Row]) -> None:
-        """Prompts of similar lengths together, as many as the budget holds."""
-        start = 0
+        """Prompts of similar lengths together, as many as the budget holds; the first alone.
+
+        What all prompts begin with is run with the first one only.
+        """
+        shared = _shared_start([row.prompt for row in rows])
+        self._read_group(rows[:1], 0, 0)
+        start = 1
         while start < len(rows):
             end = start + 1
-            while end < len(rows) and (end + 1 - start) * len(rows[end].prompt) <= (
+            while end < len(rows) and (end + 1 - start) * (len(rows[end].prompt) - shared) <= (
                 self._prefill_tokens
             ):
                 end += 1
-            self._read_group(rows[start:end], start)
+            self._read_group(rows[start:end], start, shared)
             start = end
-        self._model.cache.used = max(len(row.prompt) + len(row.turn.feed) for row in rows)
 
-    def _read_group(self, rows: Sequence[Row], first: int) -> None:
+    def _read_group(self, rows: Sequence[Row], first: int, shared: int) -> None:
         prompts = [[*row.prompt.tolist(), *row.turn.feed[1:]] for row in rows]
-        hidden_RTH = self._model.read_prompts(first, prompts)
+        hidden_RTH = self._model.read_prompts(first, prompts, shared)
+        cache = self._model.cache
+        cache.used = max(cache.used, *map(len, prompts))
         starts = [len(row.prompt) - 1 for row in rows]
-        tails = [hidden_RTH[i, start:] for i, start in enumerate(starts)]
+        tails = [hidden_RTH[i, start - shared :] for i, start in enumerate(starts)]
         for i, (row, kept) in enumerate(zip(rows, self._accept(rows, tails), strict=True)):
             row.position = starts[i] + kept
             self._seen_RS[first + i, : row.position] = True
@@ -168,3 +174,11 @@ class PermutationDecoder:
             for (row, allowed), token in zip(self._chosen[part], greedy, strict=True):
                 row.overruled += token not in allowed
         self._chosen, self._states = [], []
+
+
+def _shared_start(prompts: Sequence[Ids]) -> int:
+    """How many tokens all prompts begin with; each keeps one of its own."""
+    shortest = min(map(len, prompts)) - 1
+    first = prompts[0][:shortest]
+    same = [int(np.argmin([*(first == other[:shortest]), False])) for other in prompts[1:]]
+    return min(same, default=0)

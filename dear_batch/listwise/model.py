@@ -75,18 +75,19 @@ class LanguageModel:
         """Free the cache."""
         self.cache = SlotCache(self.config, 0, 0, self._model.dtype, self.device)
 
-    def read_prompts(self, first: int, prompts: Sequence[Sequence[int]]) -> Any:
-        """Run whole prompts into rows from `first` on; hidden states, [R, T, H].
+    def read_prompts(self, first: int, prompts: Sequence[Sequence[int]], shared: int = 0) -> Any:
+        """Run prompts into rows from `first` on; hidden states, [R, T, H].
 
-        Shorter prompts are padded on the right, where causal attention never looks.
+        Their first `shared` tokens are those of row 0, which was read before: only the rest is
+        run. Shorter prompts are padded on the right, where causal attention never looks.
         """
         longest = max(map(len, prompts))
         ids = torch.zeros((len(prompts), longest), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.as_tensor(prompt)
-        self.cache.fill(slice(first, first + len(prompts)))
-        positions = torch.arange(longest, device=self.device).expand(len(prompts), -1)
-        return self._forward(ids, positions, None)
+        self.cache.fill(slice(first, first + len(prompts)), shared)
+        positions = torch.arange(shared, longest, device=self.device).expand(len(prompts), -1)
+        return self._forward(ids[:, shared:], positions, None)
 
     def step(self, ids_RT: Any, positions_RT: Any, seen_RTS: Any) -> Any:
         """Run some tokens of each row, whose keys take the next slots; hidden states, [R, T, H]."""

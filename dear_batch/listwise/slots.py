@@ -9,7 +9,7 @@ Knows nothing of prompts or answers.
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 ATTENTION = "dear_batch_slots"
@@ -28,12 +28,15 @@ class SlotCache:
         # Zeros: a masked value counts for nothing only while it is a number.
         self._blocks = torch.zeros(shape, dtype=dtype, device=device)
         self._into = slice(0, 0)
+        self._shared = 0
         self._prompts = False
         self.used = 0
 
-    def fill(self, rows: slice) -> None:
-        """The next forward brings whole prompts of these rows, from slot 0 on."""
-        self._into, self._prompts = rows, True
+    def fill(self, rows: slice, shared: int) -> None:
+        """The next forward brings prompts of these rows, behind `shared` tokens of row 0."""
+        self._into, self._shared, self._prompts = rows, shared, True
+        for target in range(rows.start, rows.stop) if shared else ():
+            self._blocks[:, :, target, :, :shared] = self._blocks[:, :, 0, :, :shared]
 
     def extend(self, rows: int) -> None:
         """The next forward brings a step of the first `rows` rows, behind the slots in use."""
@@ -41,13 +44,11 @@ class SlotCache:
 
     def update(self, keys_RHTD: Any, values_RHTD: Any, layer: int, *_: Any) -> tuple[Any, Any]:
         """Keep a layer's keys and values; returns those to attend to."""
-        start = 0 if self._prompts else self.used
+        start = self._shared if self._prompts else self.used
         end = start + keys_RHTD.shape[2]
         keys_RHSD, values_RHSD = self._blocks[layer, :, self._into]
         keys_RHSD[:, :, start:end] = keys_RHTD
         values_RHSD[:, :, start:end] = values_RHTD
-        if self._prompts:
-            return keys_RHTD, values_RHTD
         return keys_RHSD[:, :, :end], values_RHSD[:, :, :end]
 
     def move(self, source: int, target: int) -> None:
@@ -64,7 +65,7 @@ class SlotCache:
 
     def get_seq_length(self, *_: Any) -> int:
         """Part of transformers' cache protocol; positions and masks are given explicitly."""
-        return 0 if self._prompts else self.used
+        return self._shared if self._prompts else self.used
 
 
 def slot_attention(
@@ -82,10 +83,17 @@ def slot_attention(
     cache is read once, where repeating it for every head would copy it at each layer.
     """
     if attention_mask is None:
-        grouped = query.shape[1] != key.shape[1]
+        # Behind shared tokens: blank queries in their place keep the causal kernel, which
+        # skips what a mask would have it compute.
+        shared = key.shape[2] - query.shape[2]
         output = scaled_dot_product_attention(
-            query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=grouped
-        )
+            pad(query, (0, 0, shared, 0)),
+            key,
+            value,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )[:, :, shared:]
     else:
         folded = query.reshape(*key.shape[:2], -1, query.shape[-1])
         output = scaled_dot_product_attention(

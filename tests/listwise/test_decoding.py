@@ -204,6 +204,20 @@ def test_windows_of_different_sizes_leave_when_they_are_done() -> None:
     assert alone_or_together([sizes]) == alone_or_together([[size] for size in sizes])
 
 
+def test_guesses_at_the_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was guessed and kept with a prompt stays, though the next feed is shorter."""
+    tokenizer, model = MERGES["llama3"](), trained("llama3", 150)
+    prompts = [prompt for prompt, _ in examples(tokenizer)]
+    expected = [row.writer.state.chosen for row in decode(model, tokenizer, prompts)]
+    spelled = tokenizer.encode("[", add_special_tokens=False).ids
+
+    def guess(_self: Speller, state: State, *_: Any) -> list[int]:
+        return spelled if state.pending[1:] else []
+
+    monkeypatch.setattr(Speller, "guess", guess)
+    assert [row.writer.state.chosen for row in decode(model, tokenizer, prompts)] == expected
+
+
 def test_more_slots_are_made_when_a_batch_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, model = MERGES["smollm2"](), trained("smollm2", 150)
     prompts = [prompt for prompt, _ in examples(tokenizer)]
