@@ -136,15 +136,25 @@ def verdicts(
     end_ids: frozenset[int],
 ) -> dict[str, int]:
     """How many of their answers follow the grammar, read leniently, and agree with ours."""
-    counts = Counter(windows=len(answers), follow_grammar=0, lenient_permutation=0, identical=0)
+    counts = Counter(
+        windows=len(answers),
+        follow_grammar=0,
+        lenient_permutation=0,
+        lenient_but_one=0,
+        identical=0,
+    )
     for tokens, permutation in zip(answers, ours, strict=True):
         end = next((i for i, token in enumerate(tokens) if token in end_ids), len(tokens))
         text = tokenizer.decode(tokens[:end])
         identifiers = prompt.identifiers(len(permutation.order))
         grammar = Grammar(prompt.answer)
         state = grammar.read(grammar.start(identifiers), text)
+        if state is not None:  # what no longer leaves a choice may be missing at the end
+            state = grammar.read(state, grammar.forced(state))
         found = re.findall(r"\[(\d+)\]", text)
-        counts["lenient_permutation"] += sorted(found) == sorted(identifiers)
+        missing = len(identifiers) - len(found)
+        permutes = len(found) == len({*found} & {*identifiers})
+        counts["lenient_permutation"] += permutes and missing in {0, 1}
         if state is not None and state.done:
             counts["follow_grammar"] += 1
             counts["identical"] += [identifiers[i] for i in permutation.order] == [*state.chosen]

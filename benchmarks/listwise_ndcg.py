@@ -22,7 +22,7 @@ from dear_batch.evaluate.evaluation import evaluate
 
 PROMPTS = ("readme", "rankllm-chat")
 MEASURES = ("nDCG@1", "nDCG@5", "nDCG@10")
-KEPT = ("windows", "prompt_tokens", "answer_tokens", "forwards", "overruled", "cut_passages",
+KEPT = ("windows", "prompt_tokens", "answer_tokens", "forwards", "cut_passages",
         "shortened_passages", "device", "precision", "seconds")  # fmt: skip
 
 

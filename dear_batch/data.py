@@ -131,8 +131,9 @@ class Permutation:
     why; `order` is the identity, as for kept). `logprobs[i]` is the natural log-probability of
     the i-th choice among what the answer grammar left, 0 for the last one; NaN where the model
     chose nothing. `text` is all that the model wrote, reasoning first. `overruled` counts the
-    tokens of the answer at which the model's own greedy token broke the grammar: where it is 0,
-    plain greedy decoding gives this very answer. Passages are cut to the prompt's own length,
+    tokens of the answer in whose place the model's own greedy token, over its whole vocabulary,
+    was another: at 0, plain greedy decoding writes the same up to the last identifier, which is
+    free, after the same reasoning. Passages are cut to the prompt's own length,
     and shortened further where the window would not fit; texts that spell a special token are
     neutralised.
     """

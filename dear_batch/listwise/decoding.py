@@ -61,15 +61,14 @@ class PermutationDecoder:
     def _decode(self, rows: Sequence[Row]) -> None:
         self._speller.forget()
         active = sorted(rows, key=lambda row: len(row.prompt))
-        longest = max(len(row.prompt) + len(row.turn.feed) for row in rows)
-        slots = longest + SPARE_SLOTS * max(len(row.writer.state.unused) for row in rows)
+        slots = max(slots_of(row) for row in rows)
         self._model.begin(len(rows), slots)
         self._seen_RS = torch.zeros((len(rows), slots), dtype=torch.bool, device=self._model.device)
-        self._chosen: list[tuple[Row, frozenset[int]]] = []
+        self._chosen: list[tuple[Row, int]] = []
         self._states: list[torch.Tensor] = []
         self._read(active)
         while self._without_done(active):
-            self._step(active)
+            self._step(active[: self._reasoning_first(active) or None])
         self._count_overruled()
         self._model.end()
 
@@ -96,7 +95,8 @@ class PermutationDecoder:
         cache = self._model.cache
         cache.used = max(cache.used, *map(len, prompts))
         starts = [len(row.prompt) - 1 for row in rows]
-        tails = [hidden_RTH[i, start - shared :] for i, start in enumerate(starts)]
+        # Clones: a view would keep the states of all prompts.
+        tails = [hidden_RTH[i, start - shared :].clone() for i, start in enumerate(starts)]
         for i, (row, kept) in enumerate(zip(rows, self._accept(rows, tails), strict=True)):
             row.position = starts[i] + kept
             self._seen_RS[first + i, : row.position] = True
@@ -105,12 +105,24 @@ class PermutationDecoder:
         """Let rows leave: the last active row takes the place."""
         for place in reversed(range(len(active))):
             if active[place].writer.done:
-                last = active.pop()
-                if place < len(active):
-                    active[place] = last
-                    self._model.cache.move(len(active), place)
-                    self._seen_RS[place] = self._seen_RS[len(active)]
+                self._swap(active, place, len(active) - 1)
+                active.pop()
         return bool(active)
+
+    def _reasoning_first(self, active: list[Row]) -> int:
+        """How many rows reason; they step alone, a token each, till all the rest can write."""
+        count = 0
+        for place, row in enumerate(active):
+            if isinstance(row.turn, Reasoning):
+                self._swap(active, place, count)
+                count += 1
+        return count
+
+    def _swap(self, active: list[Row], one: int, other: int) -> None:
+        if one != other:
+            active[one], active[other] = active[other], active[one]
+            self._model.cache.swap(one, other)
+            self._seen_RS[[one, other]] = self._seen_RS[[other, one]]
 
     def _step(self, rows: Sequence[Row]) -> None:
         tokens = max(len(row.turn.feed) for row in rows)
@@ -161,19 +173,26 @@ class PermutationDecoder:
 
     def _write(self, row: Row, states_TH: torch.Tensor, logits_TV: Logits) -> int:
         first = row.writer.given - 1
-        kept, allowed = row.writer.accept(logits_TV)
-        self._chosen += [(row, tokens) for tokens in allowed]
-        self._states += states_TH[first : first + len(allowed)]
+        kept, new = row.writer.accept(logits_TV)
+        self._chosen += [(row, token) for token in row.writer.tokens[-new:][:new]]
+        self._states += states_TH[first : first + new]
         return kept
 
     def _count_overruled(self) -> None:
-        """Where the model's own greedy token would have broken the grammar."""
+        """Where the model's own greedy token, over its whole vocabulary, was another."""
         for start in range(0, len(self._chosen), GREEDY_ROWS):
             part = slice(start, start + GREEDY_ROWS)
             greedy = self._model.greedy(torch.stack(self._states[part]))
-            for (row, allowed), token in zip(self._chosen[part], greedy, strict=True):
-                row.overruled += token not in allowed
+            for (row, chosen), token in zip(self._chosen[part], greedy, strict=True):
+                row.overruled += token != chosen
         self._chosen, self._states = [], []
+
+
+def slots_of(row: Row) -> int:
+    """The slots that a row will probably need: its prompt, its reasoning, its answer."""
+    reasoning = row.reasoning.rules.limit if row.reasoning else 0
+    answer = len(row.turn.feed) + SPARE_SLOTS * len(row.writer.state.unused)
+    return len(row.prompt) + reasoning + answer
 
 
 def _shared_start(prompts: Sequence[Ids]) -> int:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from dear_batch.bundle import Bundle
 from dear_batch.errors import ConfigurationError, missing_extra
+from dear_batch.listwise.grammar import token_texts
 from dear_batch.listwise.prompts import Message, Prompt
 
 Request = tuple[str, Sequence[str]]
@@ -30,8 +31,8 @@ DATE = "26 Jul 2024"
 class EncodedPrompt:
     """The ids of one prompt, and what its texts lost or gained on the way.
 
-    `cut_passages` were longer than the prompt's own limit, `shortened_passages` lost more
-    to fit into the context; `neutralised_texts` (the query or passages) spelled special tokens.
+    `cut_passages` were longer than the prompt's own limit, `shortened_passages` lost more to fit
+    into the context; `neutralised_texts`, of query and passages, spelled special tokens.
     """
 
     ids: NDArray[np.int32]
@@ -107,9 +108,9 @@ class PromptEncoder:
     def encode(self, requests: Sequence[Request]) -> list[EncodedPrompt | None]:
         """Encode `(query, passages)` requests; thread-safe, releases the GIL.
 
-        None where even one unit of every passage does not fit.
+        None where even one character of every passage does not fit.
         """
-        whole = self._encode(requests, [self.prompt.limit] * len(requests))
+        whole = self._encode(requests, [None] * len(requests))
         searches = {
             i: self._search(requests[i])
             for i, prompt in enumerate(whole)
@@ -128,35 +129,40 @@ class PromptEncoder:
         if tokens > self.max_tokens:
             raise ConfigurationError(
                 f"A window of {n} passages does not fit: without a query and with one "
-                f"{self.prompt.unit} a passage it has {tokens} tokens.",
+                f"character a passage it has {tokens} tokens.",
                 where=f"prompt {self.prompt.name}",
                 valid=f"at most {self.max_tokens} tokens, which leaves room for the answer",
                 next_step="make the window smaller, or allow prompts more tokens",
             )
 
     def check_identifiers(self, n: int) -> None:
-        """Check that the tokenizer can write the identifiers of n passages.
+        """Check that the tokenizer can write every answer over n passages.
+
+        Every character of an answer must be a token: then the identifiers can be spelled apart,
+        and no choice of tokens leads to where none can follow.
 
         Raises:
-            ConfigurationError: some do not survive a round trip.
+            ConfigurationError: some are not.
         """
-        identifiers = self.prompt.identifiers(n)
-        lost = _misspelt(self._tokenizer, self.prompt, identifiers)
-        if lost:
+        answer, identifiers = self.prompt.answer, self.prompt.identifiers(n)
+        tokens = set(token_texts(self._tokenizer, answer.open).values())
+        lost = [text for text in identifiers if not tokens.issuperset(text)]
+        around = sorted(set(answer.open + answer.between + answer.close) - tokens)
+        if lost or around:
+            what = f"identifiers: {', '.join(lost)}" if lost else f"characters: {' '.join(around)}"
             raise ConfigurationError(
-                f"The model's tokenizer cannot write these identifiers: {', '.join(lost)}.",
-                where=f"prompt {self.prompt.name}: {self.prompt.answer.text(identifiers)}",
-                valid="a tokenizer that gives back every character of an answer",
+                f"The model's tokenizer cannot write these {what}.",
+                where=f"prompt {self.prompt.name}: {answer.text(identifiers)}",
+                valid="a tokenizer that has a token for every character of an answer",
                 next_step="use another model, or a prompt with an answer that it can write",
             )
 
     def _smallest(self, n: int) -> EncodedPrompt:
-        (prompt,) = self._encode([("", ["a"] * n)], [1])
+        (prompt,) = self._encode([("", ["a"] * n)], [None])
         return prompt
 
     def _search(self, request: Request) -> _Search:
-        longest = max((self.prompt.units(passage) for passage in request[1]), default=1)
-        return _Search(request, min(longest, self.prompt.limit))
+        return _Search(request, max(len(self.prompt.cut(passage)) for passage in request[1]))
 
     def _shorten(self, searches: Sequence[_Search]) -> None:
         """Bisect all caps in step, one call of the tokenizer a round."""
@@ -165,8 +171,10 @@ class PromptEncoder:
             for search, prompt in zip(searches, tried, strict=True):
                 search.learn(prompt, self.max_tokens)
 
-    def _encode(self, requests: Sequence[Request], caps: Sequence[int]) -> list[EncodedPrompt]:
-        """Encode with passages cut to each request's cap, whatever comes out."""
+    def _encode(
+        self, requests: Sequence[Request], caps: Sequence[int | None]
+    ) -> list[EncodedPrompt]:
+        """Encode with passages of at most each request's cap of characters, come what may."""
         laid_out = [
             self._lay_out(request, cap) for request, cap in zip(requests, caps, strict=True)
         ]
@@ -178,16 +186,16 @@ class PromptEncoder:
             for encoding, (_, counts) in zip(encodings, laid_out, strict=True)
         ]
 
-    def _lay_out(self, request: Request, cap: int) -> tuple[str, tuple[int, int, int]]:
+    def _lay_out(self, request: Request, cap: int | None) -> tuple[str, tuple[int, int, int]]:
         """The prompt's text, and the counts of an `EncodedPrompt`."""
         query, passages = request
-        lengths = [self.prompt.units(passage) for passage in passages]
-        cut = [self.prompt.cut(passage, cap) for passage in passages]
-        safe_query, *safe = neutral = [self._neutral(text) for text in (query, *cut)]
+        cut = [self.prompt.cut(passage) for passage in passages]
+        shown = [passage[:cap] for passage in cut]
+        safe_query, *safe = neutral = [self._neutral(text) for text in (query, *shown)]
         counts = (
-            sum(length > self.prompt.limit for length in lengths),
-            sum(length > cap for length in lengths) if cap < self.prompt.limit else 0,
-            sum(a != b for a, b in zip(neutral, (query, *cut), strict=True)),
+            sum(self.prompt.units(passage) > self.prompt.limit for passage in passages),
+            sum(map(str.__ne__, cut, shown)),
+            sum(map(str.__ne__, neutral, (query, *shown))),
         )
         return self._render(self.prompt.messages(safe_query, safe)), counts
 
@@ -253,22 +261,3 @@ def _does_not_fit(bundle: Bundle, prompt: Prompt, why: str, where: str) -> Confi
         valid="a model whose chat template takes the prompt's turns, or a plain prompt",
         next_step='use the prompt "readme", which is plain text',
     )
-
-
-def _misspelt(tokenizer: Tokenizer, prompt: Prompt, identifiers: Sequence[str]) -> list[str]:
-    """The identifiers of an answer that its tokens, decoded one by one, do not give back."""
-    answer = prompt.answer
-    text = answer.text(identifiers)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    # Behind another token: SentencePiece decoders drop the space of a text's first one.
-    anchor = tokenizer.encode(answer.open, add_special_tokens=False).ids
-    start = len(tokenizer.decode(anchor, skip_special_tokens=False))
-    decoded = tokenizer.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
-    written = "".join(piece[start:] for piece in decoded).removeprefix(" ")
-    if written == text:
-        return []
-    found = written.removeprefix(answer.open).removesuffix(answer.close).split(answer.between)
-    if len(found) != len(identifiers):
-        return [*identifiers]
-    lost = [i for i, spelt in zip(identifiers, found, strict=True) if i != spelt]
-    return lost or [*identifiers]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dear_batch.bundle import Bundle
 
 Precision = Literal["fp32", "bf16"]
+CPU_CACHE_BYTES = 2 << 30
+GPU_SHARE = 0.7  # of its memory for weights and cache; the rest for activations and others
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,9 +45,8 @@ class LanguageModel:
             dtype=DTYPES[precision],
             use_safetensors=True,
             local_files_only=True,
-            device_map={"": device},
         )
-        return cls(model, device)
+        return cls(model.to(device), device)
 
     @property
     def precision(self) -> Precision:
@@ -59,6 +60,16 @@ class LanguageModel:
         ends = self.config.eos_token_id if ends is None else ends
         return frozenset([ends] if isinstance(ends, int) else ends or [])
 
+    @property
+    def cache_bytes(self) -> int:
+        """What a batch's cache may take: the same on every run, so that batches are, too."""
+        if self.device == "cpu":
+            return CPU_CACHE_BYTES
+        total = int(torch.cuda.get_device_properties(self.device).total_memory)
+        weights = sum(int(p.nbytes) for p in self._model.parameters())
+        return max(0, int(GPU_SHARE * total) - weights)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes that one token takes in the cache."""
         config = self.config

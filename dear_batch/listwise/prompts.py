@@ -156,9 +156,11 @@ class Prompt:
         """The length of a passage."""
         return len(text) if self.passage_words is None else len(text.split())
 
-    def cut(self, text: str, cap: int) -> str:
-        """The first `cap` units of a passage; words come back joined by single spaces."""
-        return text[:cap] if self.passage_words is None else " ".join(text.split()[:cap])
+    def cut(self, text: str) -> str:
+        """The first `limit` units of a passage; words come back joined by single spaces."""
+        if self.passage_words is None:
+            return text[: self.limit]
+        return " ".join(text.split()[: self.limit])
 
     def identifiers(self, n: int) -> list[str]:
         """The identifiers of n passages, as they are written."""

@@ -14,13 +14,13 @@ from dear_batch.data import Permutation
 from dear_batch.errors import missing_extra
 from dear_batch.listwise.encoding import EncodedPrompt, PromptEncoder
 from dear_batch.listwise.grammar import Grammar, Vocabulary
-from dear_batch.listwise.preflight import answer_tokens, check_listwise
+from dear_batch.listwise.preflight import check_listwise
 from dear_batch.listwise.prompts import Prompt
 from dear_batch.listwise.windows import WindowRequest
 from dear_batch.specs import ListwiseSpec
 
 try:
-    from dear_batch.listwise.decoding import PermutationDecoder, Row
+    from dear_batch.listwise.decoding import PermutationDecoder, Row, slots_of
     from dear_batch.listwise.model import LanguageModel, Precision, found_device
     from dear_batch.listwise.reasoning import Reasoning, Rules
     from dear_batch.listwise.writing import Speller, Writer
@@ -33,19 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a device takes at once: rows of a batch, tokens of one forward over prompts, cache."""
+    """What a device takes at once: rows of a batch, and tokens of one forward over prompts."""
 
     rows: int
     prefill_tokens: int
-    cache_bytes: int
 
 
-# CPU: benchmarks/results/listwise-*.json. CUDA: not measured, sized for an 8B model beside
-# 30 GB of cache.
-BUDGETS = {
-    "cpu": Budget(rows=16, prefill_tokens=512, cache_bytes=2 << 30),
-    "cuda": Budget(rows=128, prefill_tokens=16384, cache_bytes=30 << 30),
-}
+# CPU: benchmarks/results/listwise-cache.json. CUDA: not measured.
+BUDGETS = {"cpu": Budget(16, prefill_tokens=512), "cuda": Budget(128, prefill_tokens=16384)}
 SAMPLE = 12  # passages of the window that teaches the speller; identifiers of two digits occur
 
 
@@ -63,8 +58,7 @@ class ListwiseRanker:
         self._decoder = PermutationDecoder(model, self._speller, self._budget.prefill_tokens)
         self._encoder = encoder
         self._rules = _rules(prompt, spec, tokenizer, model.end_ids)
-        self._batch_tokens = spec.batch_tokens or self._budget.cache_bytes // model.token_bytes()
-        self._answer_tokens = answer_tokens(prompt, spec)
+        self._batch_tokens = spec.batch_tokens or model.cache_bytes // model.token_bytes
         self.device = model.device
         self.precision = model.precision
         self.wave_queries = self._budget.rows
@@ -103,31 +97,25 @@ class ListwiseRanker:
         prompts = self._encoder.encode([(r.query, r.passages) for r in requests])
         fitting = {i: p for i, p in enumerate(prompts) if p}
         results = {i: _too_long(r) for i, r in enumerate(requests) if i not in fitting}
-        for batch in self._batches(fitting):
-            results |= self._decode({i: (requests[i], fitting[i]) for i in batch})
+        rows = {i: self._row(len(requests[i].passages), p) for i, p in fitting.items()}
+        for batch in self._batches(rows):
+            self._decoder.decode([rows[i] for i in batch])
+            for i in batch:
+                results[i] = self._permutation(requests[i], fitting[i], rows[i])
             done(len(results))
         return [results[i] for i in range(len(requests))]
 
-    def _batches(self, prompts: dict[int, EncodedPrompt]) -> Iterator[list[int]]:
+    def _batches(self, rows: dict[int, Row]) -> Iterator[list[int]]:
         """Prompts of similar lengths together, as many as rows and cache allow."""
-        order = sorted(prompts, key=lambda i: (len(prompts[i].ids), i))
         batch: list[int] = []
-        for i in order:
-            slots = len(prompts[i].ids) + self._answer_tokens
+        for i in sorted(rows, key=lambda i: (slots_of(rows[i]), i)):
             full = len(batch) == self._budget.rows
-            if batch and (full or (len(batch) + 1) * slots > self._batch_tokens):
+            if batch and (full or (len(batch) + 1) * slots_of(rows[i]) > self._batch_tokens):
                 yield batch
                 batch = []
             batch.append(i)
         if batch:
             yield batch
-
-    def _decode(
-        self, batch: dict[int, tuple[WindowRequest, EncodedPrompt]]
-    ) -> dict[int, Permutation]:
-        rows = {i: self._row(len(r.passages), prompt) for i, (r, prompt) in batch.items()}
-        self._decoder.decode([*rows.values()])
-        return {i: self._permutation(*batch[i], row) for i, row in rows.items()}
 
     def _row(self, passages: int, prompt: EncodedPrompt) -> Row:
         identifiers = self._encoder.prompt.identifiers(passages)

@@ -11,8 +11,6 @@ from tokenizers import Tokenizer
 
 from dear_batch.listwise.writing import Writer
 
-TAIL = 16  # tokens among which a closing tag that has just ended is looked for
-
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -30,7 +28,8 @@ class Rules:
 
     def behind_close(self, tokens: Sequence[int]) -> str | None:
         """The text behind the closing tag, None while there is none."""
-        text = self.tokenizer.decode(tokens[-TAIL:], skip_special_tokens=False)
+        tail = len(self.close.encode()) + 1  # a token a byte at most, and one that reaches beyond
+        text = self.tokenizer.decode(tokens[-tail:], skip_special_tokens=False)
         _, close, behind = text.rpartition(self.close)
         return behind if close else None
 
@@ -56,25 +55,25 @@ class Reasoning:
             if behind is not None:
                 self._answer(behind)
         if not self.over and (ended or len(self.tokens) >= self.rules.limit):
-            self._stop([] if ended else [token])
+            self._stop(token, ended=ended)
 
     def _answer(self, behind: str) -> None:
         """What the last token says beyond the tag is the answer's, if the grammar takes it."""
-        grammar = self.writer.speller.grammar
-        self.writer.state = grammar.read(self.writer.state, behind) or self.writer.state
-        self.writer.begin(self.feed)
+        state = self.writer.speller.grammar.read(self.writer.state, behind)
+        self.writer.begin(self.feed, state)
         self.over = True
 
-    def _stop(self, given: list[int]) -> None:
-        """Take text that is an answer as it stands; else close the reasoning for the model."""
+    def _stop(self, token: int, *, ended: bool) -> None:
+        """Take a text that is an answer and nothing else; close any other for the model."""
         self.over = True
-        text = self.rules.tokenizer.decode(self.tokens, skip_special_tokens=False)
-        answered = self.writer.speller.grammar.read(self.writer.state, text.rstrip())
-        if answered is not None and answered.done:
+        text = self.rules.tokenizer.decode(self.tokens, skip_special_tokens=False).strip()
+        grammar = self.writer.speller.grammar
+        answered = grammar.read(self.writer.state, text)
+        if ended and answered and answered.done and text == grammar.answer.text(answered.chosen):
             self.writer.state = answered
             self.writer.logprobs = [nan] * len(answered.chosen)
             return
         self.truncated = True
         close = self.rules.close_ids()
         self.tokens += close
-        self.writer.begin([*given, *close])
+        self.writer.begin([*([] if ended else [token]), *close])

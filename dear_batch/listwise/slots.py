@@ -51,9 +51,10 @@ class SlotCache:
         values_RHSD[:, :, start:end] = values_RHTD
         return keys_RHSD[:, :, :end], values_RHSD[:, :, :end]
 
-    def move(self, source: int, target: int) -> None:
-        """Put a row in another's place."""
-        self._blocks[:, :, target, :, : self.used] = self._blocks[:, :, source, :, : self.used]
+    def swap(self, one: int, other: int) -> None:
+        """Let two rows change places."""
+        both = self._blocks[:, :, [other, one], :, : self.used]
+        self._blocks[:, :, [one, other], :, : self.used] = both
 
     def grow(self, slots: int) -> None:
         """Make room for `slots` slots in all."""

@@ -120,8 +120,13 @@ class Writer:
     _segment: str = ""
     _path: list[int] = field(default_factory=list)
 
-    def begin(self, given: Sequence[int]) -> None:
-        """Go on behind these tokens, which stand."""
+    def begin(self, given: Sequence[int], state: State | None = None) -> None:
+        """Write behind these tokens, which stand; `state` is where they leave the answer."""
+        self.state = state or self.state
+        self._forced = self.speller.grammar.forced(self.state)
+        self._go_on(given)
+
+    def _go_on(self, given: Sequence[int]) -> None:
         self.feed = [*given, *self.speller.guess(self.state, self._forced, self._spelled)]
         self.given = len(given)
 
@@ -130,37 +135,35 @@ class Writer:
         """Whether the order is decided: what is left to write leaves no choice."""
         return bool(self.failure) or self.state.done
 
-    def accept(self, logits_TV: Logits) -> tuple[int, list[frozenset[int]]]:
+    def accept(self, logits_TV: Logits) -> tuple[int, int]:
         """Choose by the logits behind each token of the feed.
 
-        Returns how many tokens of the feed stand, and what was allowed behind each of those
-        that are not given.
+        Returns how many tokens of the feed stand, and how many were chosen: the first behind
+        the last given one.
         """
-        kept, allowed = self.given, list[frozenset[int]]()
+        kept, before = self.given, len(self.tokens)
         for logits_V in logits_TV[self.given - 1 :]:
             if not np.isfinite(logits_V).all():
                 self.failure = "the model gave NaN or infinity"
                 break
-            allowed.append(self._choose(logits_V))
+            self._choose(logits_V)
             if self.done or kept == len(self.feed) or self.feed[kept] != self.tokens[-1]:
                 break
             kept += 1
         if not self.done:
-            self.begin([self.tokens[-1]])
-        return kept, allowed
+            self._go_on([self.tokens[-1]])
+        return kept, len(self.tokens) - before
 
-    def _choose(self, logits_V: Logits) -> frozenset[int]:
-        """Take the best token that the grammar allows; returns the allowed ones."""
+    def _choose(self, logits_V: Logits) -> None:
+        """Take the best token that the grammar allows."""
         vocabulary = self.speller.vocabulary
         allowed = vocabulary.allowed(self.state)
         values_A = logits_V[[token for token, _ in allowed]]
-        best = int(values_A.argmax())
-        token, following = allowed[best]
+        token, following = allowed[int(values_A.argmax())]
         before, self.state = self.state, following
         self.tokens.append(vocabulary.ids[token])
         self._note(before, vocabulary.ids[token], vocabulary.texts[token], values_A)
         self._skip_to_the_end()
-        return frozenset(vocabulary.ids[t] for t, _ in allowed)
 
     def _note(self, before: State, token: int, text: str, values_A: Logits) -> None:
         """Keep the books: log-probabilities of identifiers, and spellings of segments."""

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,13 +219,13 @@ def passages_of(seed: int) -> list[str]:
 
 
 def check_shortened(
-    prompt: EncodedPrompt, texts: Sequence[list[str]], shown: Sequence[list[str]], limit: int
+    prompt: EncodedPrompt, texts: Sequence[str], shown: Sequence[str], cut: int
 ) -> int:
-    """Only the longest lost units, all down to one cap, which is returned."""
+    """Only the longest lost characters, all down to one cap, which is returned."""
     cap = max(map(len, shown))
     assert [text[:cap] for text in texts] == [*shown]
     assert prompt.shortened_passages == sum(len(text) > cap for text in texts) > 0
-    assert prompt.cut_passages == sum(len(text) > limit for text in texts)
+    assert prompt.cut_passages == cut
     return cap
 
 
@@ -247,36 +248,48 @@ def test_characters_that_do_not_fit_are_taken_from_the_longest_passages(
     body, _, tail = rest.partition("\n\nSearch Query: ")
     shown = [line.partition("] ")[2] for line in f"[0] {body}".split("\n")]
     assert f"{head}\n\n[0] {body}\n\nSearch Query: {tail}" == readme_text("who?", shown)
-    cap = check_shortened(prompt, [*map(list, passages)], [*map(list, shown)], 300)
+    texts = [passage[:300] for passage in passages]
+    cap = check_shortened(prompt, texts, shown, sum(len(p) > 300 for p in passages))
     more = tokenizer.encode(readme_text("who?", [p[: cap + 1] for p in passages])).ids
     assert len(more) > max_tokens
 
 
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(600, 2500))
-def test_words_that_do_not_fit_are_taken_from_the_longest_passages(
+def test_a_prompt_that_cuts_words_is_shortened_by_characters_too(
     seed: int, max_tokens: int
 ) -> None:
     passages, tokenizer = passages_of(seed), tokenizer_of("llama31")
-    encoder = PromptEncoder(tokenizer, CHAT, max_tokens, chat_like)
+    texts = [" ".join(passage.split()[:300]) for passage in passages]
 
     def ids_at(cap: int) -> list[int]:
-        cut = [" ".join(passage.split()[:cap]) for passage in passages]
-        text = chat_like(CHAT.messages("who?", cut))
+        text = chat_like(CHAT.messages("who?", [text[:cap] for text in texts]))
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    assume(len(ids_at(300)) > max_tokens)
-    (prompt,) = encoder.encode([("who?", passages)])
+    assume(len(ids_at(10_000)) > max_tokens)
+    (prompt,) = PromptEncoder(tokenizer, CHAT, max_tokens, chat_like).encode([("who?", passages)])
     if prompt is None:
         assert len(ids_at(1)) > max_tokens
         return
     assert len(prompt.ids) <= max_tokens
     turns = tokenizer.decode(prompt.ids.tolist(), skip_special_tokens=False)
-    texts = turns.split("<|end_of_text|>user:[")[1:]
-    shown = [text.split("<|end_of_text|>")[0].partition("] ")[2].split() for text in texts]
-    cap = check_shortened(prompt, [passage.split() for passage in passages], shown, 300)
+    shown = [
+        text.split("<|end_of_text|>")[0].partition("] ")[2]
+        for text in turns.split("<|end_of_text|>user:[")[1:]
+    ]
+    cut = sum(len(passage.split()) > 300 for passage in passages)
+    cap = check_shortened(prompt, texts, shown, cut)
     assert prompt.ids.tolist() == ids_at(cap)
     assert len(ids_at(cap + 1)) > max_tokens
+
+
+def test_texts_without_white_space_are_shortened_too() -> None:
+    """One "word" can be a whole Chinese passage, or a URL list: 300 of them are no bound."""
+    encoder = PromptEncoder(tokenizer_of("llama31"), CHAT, 2000, chat_like)
+    (prompt,) = encoder.encode([("q", ["短", "河流" * 4000, "short text"])])
+    assert prompt is not None
+    assert 1900 < len(prompt.ids) <= 2000
+    assert (prompt.cut_passages, prompt.shortened_passages) == (0, 1)
 
 
 def test_only_what_is_too_long_is_shortened() -> None:
@@ -383,7 +396,7 @@ def test_identifiers_that_can_be_written(style: str) -> None:
 def test_identifiers_of_a_sentencepiece_tokenizer() -> None:
     """With Llama 2's decoder, which reads byte tokens and drops the first space."""
     tokenizer = tokenizer_of("llama2")
-    with pytest.raises(ConfigurationError, match=r"cannot write these identifiers: 0, 1, 2\."):
+    with pytest.raises(ConfigurationError, match=r"cannot write these characters: > \[ \]\."):
         PromptEncoder(tokenizer, README, 10_000).check_identifiers(3)
     tokenizer.decoder = decoders.Sequence(
         [
@@ -406,6 +419,13 @@ def test_identifiers_with_unknown_digits_are_named() -> None:
     with pytest.raises(ConfigurationError, match=r"identifiers: 7, 9, 17, 19\.") as error:
         encoder.check_identifiers(20)
     assert "[0] > [1]" in error.value.where
+
+
+def test_an_answer_with_a_character_that_is_no_token_is_refused() -> None:
+    """Its bytes are tokens, but a choice of ` ` before it could not go on to it."""
+    prompt = replace(README, answer=replace(README.answer, between=" → "))
+    with pytest.raises(ConfigurationError, match="cannot write these characters: →"):
+        PromptEncoder(tokenizer_of("llama31"), prompt, 10_000).check_identifiers(3)
 
 
 @model

@@ -37,7 +37,7 @@ def prompt_file(folder: Path, *changes: tuple[str, str]) -> str:
 
 def messages(name: str) -> list[Any]:
     prompt = load_prompt(name)
-    cut = [prompt.cut(passage, prompt.limit) for passage in PASSAGES]
+    cut = [prompt.cut(passage) for passage in PASSAGES]
     return [[m.role, m.content] for m in prompt.messages(QUERY, cut)]
 
 
@@ -58,7 +58,7 @@ def test_readme_cuts_characters_and_begins_at_0() -> None:
     assert (prompt.first_identifier, prompt.limit, prompt.unit) == (0, 300, "character")
     assert not prompt.is_chat
     text = "ab  \n" * 100
-    assert prompt.cut(text, prompt.limit) == text[:300]
+    assert prompt.cut(text) == text[:300]
     assert prompt.units(text) == 500
     assert prompt.identifiers(3) == ["0", "1", "2"]
 
@@ -68,7 +68,7 @@ def test_rankllm_chat_cuts_words_and_begins_at_1() -> None:
     assert (prompt.first_identifier, prompt.limit, prompt.unit) == (1, 300, "word")
     assert prompt.is_chat
     text = " one\ttwo\u00a0three \n" * 200
-    assert prompt.cut(text, prompt.limit) == " ".join(["one", "two", "three"] * 100)
+    assert prompt.cut(text) == " ".join(["one", "two", "three"] * 100)
     assert prompt.units(text) == 600
     assert prompt.identifiers(3) == ["1", "2", "3"]
 
