@@ -199,7 +199,10 @@ def export(spec: Path | None, dry_run: bool, **options: str | None) -> None:
     help="Most tokens of reasoning before an answer; 0, none.",
 )
 @click.option(
-    "--listwise-precision", "listwise__precision", type=click.Choice(["auto", "fp32", "bf16"])
+    "--listwise-precision",
+    "listwise__precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    help="What its weights are held in; auto, bf16 on a GPU and else fp32.",
 )
 @click.option(
     "--max-failed-windows",
@@ -266,7 +269,7 @@ def _end(report: Mapping[str, Any], folder: str) -> None:
     listwise = report["listwise"]
     error = DearBatchError(
         f"{listwise['windows']['failed']:,} of {listwise['windows']['total']:,} windows failed; "
-        "their documents keep the order of stage 1.",
+        "their documents keep the order that they had before the window.",
         where=f"{folder}: transcripts.parquet, status 'failed'",
         valid=f"up to {listwise['max_failed_windows']} failed windows",
         next_step="the same command with --stage listwise and other settings, "

@@ -19,8 +19,9 @@ from dear_batch.files.durable import replacing
 from dear_batch.files.pages import batch_rows, decoded, open_parquet
 
 SCHEMA_VERSION = "1"
-GROUP_BYTES = 8 << 20  # of text, in characters
+GROUP_BYTES = 8 << 20  # as `list_size` counts
 GROUP_LISTS = 4096
+CANDIDATE_BYTES = 200  # beside its text: ids and numbers, roughly
 _RANKED: dict[str, Any] = {
     "docid": pa.string(),
     "rank": pa.int32(),
@@ -42,7 +43,7 @@ PART_SCHEMA = pa.schema(
 
 @contextmanager
 def part_writer(path: Path) -> Iterator[Callable[[RankedList], None]]:
-    """Write a part that appears when the block ends, in row groups of about 8 MB of text.
+    """Write a part that appears when the block ends, in row groups of about 8 MB.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -65,7 +66,7 @@ def part_writer(path: Path) -> Iterator[Callable[[RankedList], None]]:
         def write(item: RankedList) -> None:
             nonlocal size
             group.append(item)
-            size += text_size(item)
+            size += list_size(item)
             if size >= GROUP_BYTES or len(group) >= GROUP_LISTS:
                 flush()
 
@@ -73,9 +74,10 @@ def part_writer(path: Path) -> Iterator[Callable[[RankedList], None]]:
         flush()
 
 
-def text_size(item: RankedList) -> int:
-    """Characters of a list's passages."""
-    return sum(len(title) + len(text) for title, text in item.passages)
+def list_size(item: RankedList) -> int:
+    """Roughly the bytes of a list; candidates below the passages count too."""
+    text = sum(len(title) + len(text) for title, text in item.passages)
+    return text + CANDIDATE_BYTES * len(item.ranking.entries)
 
 
 def _row(item: RankedList) -> dict[str, object]:

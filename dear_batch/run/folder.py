@@ -13,7 +13,7 @@ from dear_batch.bundle import hash_file
 from dear_batch.errors import ConfigurationError, InputError, OutputError
 from dear_batch.files.durable import replacing, writing
 from dear_batch.files.results import published_names
-from dear_batch.run.plan import Plan, expand
+from dear_batch.run.plan import Plan, expand, is_there
 from dear_batch.specs import JobSpec, ListwiseSpec
 
 SCHEMA_VERSION = 1
@@ -77,7 +77,8 @@ def plan_listwise(folder: Path, spec: JobSpec, listwise: Fields, *, may_differ: 
         folder: the output folder.
         spec: the job; its inputs are looked at, not read.
         listwise: what `listwise_settings` says of its second stage.
-        may_differ: `--stage listwise`; otherwise other settings are another job.
+        may_differ: `--stage listwise`, on a machine or device of its own: the inputs may be
+            gone. Otherwise other settings are another job.
 
     Raises:
         ConfigurationError: no stage 1 is there, or that of another job.
@@ -85,35 +86,41 @@ def plan_listwise(folder: Path, spec: JobSpec, listwise: Fields, *, may_differ: 
     found = _read_plan(folder / "plan.json")
     if found is None or "listwise" not in found:
         raise no_stage_one(folder)
-    now = [_state(path) for path in expand(spec.input.paths)]
-    was = [{name: item.get(name) for name in _STATE} for item in found["inputs"]]
-    wanted = {
-        **found,
-        **_tool(spec),
-        "inputs": found["inputs"] if was == now else now,
-        "listwise": found["listwise"] if may_differ else listwise,
-    }
+    inputs = _inputs(spec, found["inputs"], may_be_gone=may_differ)
+    wanted = {**found, **_tool(spec), "inputs": inputs, "listwise": listwise}
+    if may_differ:
+        wanted["listwise"] = found["listwise"]
+        wanted["spec"]["execution"] = found["spec"]["execution"]
     _refuse_others(folder, found, wanted)
     return {**found, "listwise": listwise}
 
 
 def replan(folder: Path, plan: Fields) -> None:
-    """Write a plan with another listwise stage.
+    """Take back the report, and write a plan with another listwise stage.
 
     What the former one had published is removed first: a folder never shows a run beside a
     plan that did not make it.
     """
+    retract_report(folder)
     if _read_plan(folder / "plan.json") != plan:
         unpublish(folder)
         _write_plan(folder, plan)
 
 
+def retract_report(folder: Path) -> None:
+    """Remove the report before anything that it tells of is replaced."""
+    path = folder / "report.json"
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
 def unpublish(folder: Path) -> None:
     """Remove the report, then the runs of a planned folder; the parts of stage 1 stay."""
+    retract_report(folder)
     plan = _read_plan(folder / "plan.json") or {"outputs": []}
     names = [name for o in plan["outputs"] for name in published_names(o["stem"]).values()]
-    with writing(folder / "report.json"):
-        for name in ("report.json", *names):
+    with writing(folder / "run.trec"):
+        for name in names:
             (folder / name).unlink(missing_ok=True)
 
 
@@ -197,6 +204,14 @@ def _tool(spec: JobSpec) -> Fields:
         "tool": f"dear-batch {__version__}",
         "spec": {k: settings[k] for k in ("pointwise", "output", "execution")},
     }
+
+
+def _inputs(spec: JobSpec, planned: list[Fields], *, may_be_gone: bool) -> list[Fields]:
+    """The planned inputs where the job has the same and they are unchanged, else the job's."""
+    left = [item for item in planned if not may_be_gone or is_there(item["path"])]
+    was = [{name: item.get(name) for name in _STATE} for item in left]
+    now = [_state(path) for path in expand(spec.input.paths, may_be_gone=may_be_gone)]
+    return planned if was == now else now
 
 
 def _state(path: str) -> Fields:

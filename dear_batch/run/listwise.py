@@ -14,7 +14,7 @@ from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.data import RankedList, Transcript
 from dear_batch.errors import missing_extra
 from dear_batch.files.parquet import grouped
-from dear_batch.files.parts import read_part, text_size
+from dear_batch.files.parts import list_size, read_part
 from dear_batch.files.results import (
     RERANKED_SCHEMA,
     Write,
@@ -31,20 +31,24 @@ from dear_batch.specs import JobSpec, ListwiseSpec
 
 TOO_MANY_FAILED = "too-many-failed-windows"  # the status of a report
 NEEDED = ("torch", "transformers")
-WAVE_TEXT = 32 << 20  # characters of passages in memory, however many lists a model would take
+WAVE_BYTES = 32 << 20  # of lists in memory, however many a model would take
 
 
-def prepare(spec: ListwiseSpec) -> Bundle:
+def prepare(spec: ListwiseSpec, device: str) -> Bundle:
     """Open the listwise bundle and check all that needs no weights.
 
     Raises:
-        ConfigurationError: a package is missing, the bundle is not listwise, or it does not
-            go with the prompt or the windows.
+        ConfigurationError: a package or the device is missing, the bundle is not listwise, or
+            it does not go with the prompt or the windows.
         TrustError: the bundle is not what its manifest says.
     """
     for package in NEEDED:
         if find_spec(package) is None:
             raise missing_extra(package, "listwise", "The listwise stage")
+    if device.startswith("cuda"):  # only then is PyTorch worth its memory during stage 1
+        from dear_batch.listwise.model import found_device
+
+        found_device(device)
     bundle = open_bundle(spec.bundle, task="listwise")
     check_listwise(bundle, spec)
     return bundle
@@ -79,7 +83,7 @@ def run_listwise(
     folder, tally = Path(job.output.folder), ListwiseTally()
     with tally.timed("total"):
         with tally.timed("load"):
-            bundle = prepare(spec)  # anew: stage 1 may have taken hours
+            bundle = prepare(spec, job.execution.device)  # anew: stage 1 may have taken hours
             settings = listwise_settings(spec, bundle.sha256)
             plan = plan_listwise(folder, job, settings, may_differ=may_differ)
             handover = read_handover(folder, spec.depth)
@@ -87,9 +91,10 @@ def run_listwise(
         replan(folder, plan)
         total = handover.report["queries"]["written"]
         stage = _Stage(job, spec, ranker, tally, lambda done: advance(done, total))
-        for stem in handover.parts:
+        *others, last = handover.parts
+        for stem in others:
             stage.publish(folder, stem)
-    tally.check(handover.report)
+        stage.publish(folder, last, lambda: tally.check(handover.report))
     found = {"device": ranker.device, "precision": ranker.precision, **tally.to_json()}
     return {
         "status": TOO_MANY_FAILED if _too_many_failed(spec, tally) else "ok",
@@ -113,8 +118,8 @@ class _Stage:
     tally: ListwiseTally
     advance: Callable[[float], None]  # queries done
 
-    def publish(self, folder: Path, stem: str) -> None:
-        """Write one output: its transcripts, its results, and last its run."""
+    def publish(self, folder: Path, stem: str, check: Callable[[], None] = lambda: None) -> None:
+        """Write one output: once `check` is content its transcripts, its results, its run."""
         with (
             run_writer(folder, stem, self.job.output.tag, RERANKED_SCHEMA) as write,
             transcript_writer(folder, stem) as record,
@@ -126,10 +131,11 @@ class _Stage:
                 with self.tally.timed("write"):
                     for course in courses:
                         self._finish(course, write, record)
+            check()
 
     def _waves(self, path: Path) -> Iterator[list[RankedList]]:
         most = self.ranker.wave_queries
-        waves = grouped(read_part(path), text_size, most=most, limit=WAVE_TEXT)
+        waves = grouped(read_part(path), list_size, most=most, limit=WAVE_BYTES)
         while True:
             with self.tally.timed("read"):
                 wave = next(waves, None)

@@ -20,7 +20,13 @@ from dear_batch.files.results import published_names, quarantine_writer, run_wri
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer, open_scorer
 from dear_batch.run.admission import Admitted
-from dear_batch.run.folder import check_folder, claim_folder, listwise_settings, unpublish
+from dear_batch.run.folder import (
+    check_folder,
+    claim_folder,
+    listwise_settings,
+    retract_report,
+    unpublish,
+)
 from dear_batch.run.handover import part_path, write_handover
 from dear_batch.run.listwise import prepare, run_listwise
 from dear_batch.run.plan import Plan, plan_job
@@ -90,6 +96,7 @@ def _pointwise(spec: JobSpec, advance: Advance, stage: Stages) -> dict[str, Any]
             settings = _listwise_settings(spec, stage)
             bundle, encoder, scorer = _load(spec)
         claim_folder(folder, plan, spec, bundle.sha256, settings)
+        retract_report(folder)
         total = sum(output.n_queries for output in plan.outputs)
         with quarantine_writer(folder) as refuse:
             progress = partial(_advance, advance, total)
@@ -113,7 +120,7 @@ def _listwise_settings(spec: JobSpec, stage: Stages) -> dict[str, Any] | None:
     if stage == "pointwise":  # loads none of it, so this machine may lack what that takes
         bundle = open_bundle(spec.listwise.bundle, task="listwise", verify=False)
     else:
-        bundle = prepare(spec.listwise)
+        bundle = prepare(spec.listwise, spec.execution.device)
     return listwise_settings(spec.listwise, bundle.sha256)
 
 

@@ -5,6 +5,7 @@ anything is scored.
 """
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,20 +82,27 @@ def plan_job(spec: JobSpec, scratch: Path) -> Plan:
     return Plan(files, tuple(outputs))
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
+def expand(patterns: Sequence[str], *, may_be_gone: bool = False) -> list[str]:
     """Files of all paths and globs, sorted within a glob, each once.
 
+    Where they `may_be_gone`, only those that are there.
+
     Raises:
-        InputError: a glob that matches nothing.
+        InputError: a glob that matches nothing, unless its files may be gone.
     """
     found: dict[str, None] = {}
     for pattern in patterns:
         is_glob = glob.has_magic(pattern) and not Path(pattern).exists()
         matches = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]  # noqa: PTH207 - Path.glob takes no absolute pattern
-        if not matches:
+        if not matches and not may_be_gone:
             raise InputError(f"No file matches {pattern}.", where=str(Path.cwd()))
         found.update(dict.fromkeys(matches))
-    return list(found)
+    return [path for path in found if not may_be_gone or is_there(path)]
+
+
+def is_there(path: str) -> bool:
+    """Whether a file can be seen; a folder that may not be entered has none."""
+    return os.access(path, os.F_OK)
 
 
 def _check_together(files: tuple[InputFile, ...], spec: JobSpec) -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from dear_batch.data import Ranked, RankedList, Ranking
 from dear_batch.errors import InputError
-from dear_batch.files.parts import GROUP_BYTES, PART_SCHEMA, part_writer, read_part
+from dear_batch.files import parts
+from dear_batch.files.parts import (
+    CANDIDATE_BYTES,
+    GROUP_BYTES,
+    PART_SCHEMA,
+    list_size,
+    part_writer,
+    read_part,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -101,3 +109,16 @@ def test_a_large_part_is_read_and_written_a_little_at_a_time(tmp_path: Path) -> 
         peaks.append(pa.total_allocated_bytes() - before)
     assert count == total
     assert max(peaks) < 40_000_000
+
+
+def test_deep_lists_with_little_text_make_small_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "GROUP_BYTES", 1 << 20)
+    items = [ranked_list(i, 1000, depth=2) for i in range(14)]
+    text = sum(map(len, ("text 0", "title 1", "text 1")))
+    assert list_size(items[0]) == text + 1000 * CANDIDATE_BYTES
+    path = written(tmp_path / "part.parquet", items)
+    metadata = pq.read_metadata(path)
+    assert [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)] == [6, 6, 2]
+    assert list(read_part(path)) == items

@@ -96,7 +96,10 @@ def install(patch: pytest.MonkeyPatch, **settings: Any) -> Fake:
     module: Any = ModuleType("dear_batch.listwise.ranker")
     module.ListwiseRanker = ListwiseRanker
     patch.setitem(sys.modules, module.__name__, module)
-    check = lambda bundle, spec: fake.checked.append((bundle, spec))  # noqa: E731
+
+    def check(bundle: Bundle, spec: ListwiseSpec) -> None:
+        fake.checked.append((bundle, spec))
+
     patch.setattr("dear_batch.run.listwise.check_listwise", check)
     return fake
 

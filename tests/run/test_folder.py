@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dear_batch.errors import ConfigurationError, DearBatchError, OutputError
+from dear_batch.errors import ConfigurationError, InputError, OutputError
 from dear_batch.run import plan
 from dear_batch.run.folder import (
     check_folder,
@@ -20,7 +20,7 @@ from dear_batch.run.folder import (
     unpublish,
 )
 from dear_batch.run.plan import plan_job
-from dear_batch.specs import JobSpec, ListwiseSpec
+from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec
 from tests.run.test_plan import job, nested
 
 
@@ -170,12 +170,15 @@ def test_another_listwise_stage_is_pointed_to_its_own_run(tmp_path: Path, planne
     assert "--stage" not in caught.value.next_step
 
 
-def test_the_same_listwise_stage_changes_nothing(tmp_path: Path, planned: JobSpec) -> None:
-    (tmp_path / "out" / "run.trec").touch()
+def test_the_same_listwise_stage_takes_back_the_report_alone(
+    tmp_path: Path, planned: JobSpec
+) -> None:
+    for name in ("run.trec", "report.json"):
+        (tmp_path / "out" / name).touch()
     before = (tmp_path / "out" / "plan.json").stat()
     go_on(tmp_path, planned, may_differ=False)
     assert (tmp_path / "out" / "plan.json").stat() == before
-    assert (tmp_path / "out" / "run.trec").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "run.trec"}
 
 
 def test_another_listwise_stage_replaces_what_the_former_published(
@@ -194,7 +197,7 @@ def test_another_listwise_stage_replaces_what_the_former_published(
         go_on(tmp_path, planned, may_differ=False)
 
 
-@pytest.mark.parametrize("changed", ["input", "inputs", "gone", "setting", "tool"])
+@pytest.mark.parametrize("changed", ["input", "inputs", "setting", "tool"])
 def test_stage_two_needs_a_stage_one_of_this_job(
     changed: str, tmp_path: Path, planned: JobSpec
 ) -> None:
@@ -205,8 +208,6 @@ def test_stage_two_needs_a_stage_one_of_this_job(
         case "inputs":
             more = nested(tmp_path / "more.parquet", ["b"])
             spec = job(*planned.input.paths, more, folder=planned.output.folder)
-        case "gone":
-            (tmp_path / "in.parquet").unlink()
         case "setting":
             spec, where = job(*planned.input.paths, folder=planned.output.folder), "spec"
             spec = replace(spec, pointwise=replace(spec.pointwise, depth=5))
@@ -215,11 +216,56 @@ def test_stage_two_needs_a_stage_one_of_this_job(
             (tmp_path / "out" / "plan.json").write_text(json.dumps(fields))
             where = "tool"
     before = plan_of(tmp_path)
-    with pytest.raises(DearBatchError) as caught:
+    with pytest.raises(ConfigurationError, match="another job") as caught:
         go_on(tmp_path, spec)
-    assert (where if changed != "gone" else "in.parquet") in caught.value.where
-    assert caught.value.exit_code == (65 if changed == "gone" else 78)
+    assert caught.value.where.endswith(f"plan.json: {where}")
     assert plan_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("pattern", ["in.parquet", "i*.parquet"])
+def test_stage_two_may_run_where_the_inputs_are_not(pattern: str, tmp_path: Path) -> None:
+    nested(tmp_path / "in.parquet", ["a"])
+    spec = job(str(tmp_path / pattern), folder=str(tmp_path / "out"))
+    claim_two(tmp_path, spec)
+    (tmp_path / "in.parquet").unlink()
+    before = plan_of(tmp_path)
+    go_on(tmp_path, spec)
+    assert plan_of(tmp_path) == before
+    with pytest.raises(InputError) as caught:
+        go_on(tmp_path, spec, may_differ=False)
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("other", ["as it was", "changed", "new", "left out"])
+def test_inputs_that_are_there_are_compared(other: str, tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        nested(tmp_path / f"{name}.parquet", [name])
+    spec = job(str(tmp_path / "*.parquet"), folder=str(tmp_path / "out"))
+    claim_two(tmp_path, spec)
+    (tmp_path / "1.parquet").unlink()
+    match other:
+        case "changed":
+            os.utime(tmp_path / "2.parquet", (1, 1))
+        case "new":
+            nested(tmp_path / "3.parquet", ["3"])
+        case "left out":
+            spec = job(str(tmp_path / "1.parquet"), folder=str(tmp_path / "out"))
+    if other == "as it was":
+        go_on(tmp_path, spec)
+        return
+    with pytest.raises(ConfigurationError, match="another job") as caught:
+        go_on(tmp_path, spec)
+    assert caught.value.where.endswith("plan.json: inputs")
+
+
+def test_stage_two_may_run_on_another_device(tmp_path: Path, planned: JobSpec) -> None:
+    before = plan_of(tmp_path)
+    elsewhere = replace(planned, execution=ExecutionSpec(device="cuda:1", batch_tokens=4096))
+    go_on(tmp_path, elsewhere)
+    assert plan_of(tmp_path) == before  # stage 1 is still that of the first device
+    with pytest.raises(ConfigurationError, match="another job") as caught:
+        go_on(tmp_path, elsewhere, may_differ=False)
+    assert caught.value.where.endswith("plan.json: spec")
 
 
 @pytest.mark.parametrize("plan_text", [None, "[1", "{}"])

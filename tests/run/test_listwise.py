@@ -1,6 +1,7 @@
 """Jobs of two stages: a real first stage on a tiny bundle, a second whose answers are known."""
 
 import json
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +13,12 @@ import pytest
 
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import ConfigurationError, DearBatchError, InputError, UsageError
+from dear_batch.files import durable, parts
 from dear_batch.files.results import RERANKED_SCHEMA, TRANSCRIPTS_SCHEMA
 from dear_batch.pointwise.scorer import Scorer, open_scorer
 from dear_batch.run import blocks, listwise, local
 from dear_batch.run.local import run_job
-from dear_batch.specs import JobSpec, ListwiseSpec, OutputSpec
+from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec, OutputSpec
 from tests.run.fake_ranker import Fake, install, listwise_bundle, slid
 from tests.run.test_local import SIZE, Failing, _rows, job, names, nested, order, run_lines
 
@@ -240,11 +242,14 @@ def test_progress_of_each_stage_grows_to_the_number_of_queries(
     assert max(waves) == fake.ranker.wave_queries
 
 
-def test_text_bounds_a_wave_too(
-    fake: Fake, spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["text", "candidates"])
+def test_memory_bounds_a_wave_too(
+    what: str, fake: Fake, spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_job(spec)
-    monkeypatch.setattr(listwise, "WAVE_TEXT", 1)
+    if what == "candidates":
+        monkeypatch.setattr(parts, "CANDIDATE_BYTES", 1 << 20)
+    monkeypatch.setattr(listwise, "WAVE_BYTES", SIZE << 20 if what == "candidates" else 1)
     fake.ranker.requests.clear()
     run_job(into(spec, tmp_path / "small"))
     assert {len(wave) for wave in fake.ranker.requests} == {1}
@@ -502,6 +507,17 @@ def test_inputs_that_changed_meanwhile_are_refused(
     assert fake.opened == []
 
 
+def test_the_second_stage_may_run_elsewhere(fake: Fake, spec: JobSpec, tmp_path: Path) -> None:
+    """On a device of its own, where the inputs are not."""
+    run_job(into(spec, tmp_path / "whole"))
+    run_job(spec, stage="pointwise")
+    (tmp_path / "in.parquet").unlink()
+    run_job(replace(spec, execution=ExecutionSpec(device="cpu")), stage="listwise")
+    assert [device for *_, device in fake.opened] == ["auto", "cpu"]
+    for name in SAME:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.parametrize("stage", ["pointwise", "listwise"])
 def test_a_job_of_one_stage_has_no_stage_to_choose(
     stage: Any, spec: JobSpec, tmp_path: Path
@@ -551,14 +567,50 @@ def test_a_rerun_that_dies_leaves_the_old_run_where_it_is_of_this_plan(
     fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
     run_job(spec)
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in (*SAME, "report.json")}
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in SAME}
     fake.ranker.dies = len(fake.ranker.requests) + 1
     with pytest.raises(RuntimeError):
         run_job(spec)
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in SAME} == before
+    assert names(tmp_path / "out") == PUBLISHED - {"report.json"}
     with pytest.raises(RuntimeError):
         run_job(other(spec, depth=5), stage="listwise")
     assert names(tmp_path / "out") == {"plan.json", "parts"}
+
+
+@pytest.mark.parametrize("stage", ["all", "listwise"])
+def test_no_report_tells_of_files_of_two_runs(
+    stage: Any, fake: Fake, spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(spec)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in SAME}
+    fake.ranker.fails = lambda _request: True  # so that these transcripts are others
+
+    def dies(path: Path) -> None:
+        if path.name.startswith(".run.trec"):
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(durable, "_sync", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_job(spec, stage=stage)
+    changed = {name for name in SAME if (tmp_path / "out" / name).read_bytes() != before[name]}
+    assert changed == {"results.parquet", "transcripts.parquet"}
+    assert names(tmp_path / "out") == PUBLISHED - {"report.json"}
+
+
+@pytest.mark.parametrize("count", ["queries", "candidates"])
+def test_counts_that_do_not_add_up_publish_nothing(
+    count: str, fake: Fake, spec: JobSpec, tmp_path: Path
+) -> None:
+    run_job(spec, stage="pointwise")
+    record = tmp_path / "out" / "parts" / "pointwise.json"
+    fields = json.loads(record.read_text())
+    fields["report"][count]["written"] += 1
+    record.write_text(json.dumps(fields))
+    with pytest.raises(AssertionError, match="counts do not add up"):
+        run_job(spec, stage="listwise")
+    assert names(tmp_path / "out") == {"plan.json", "parts"}
+    assert fake.ranker.requests
 
 
 @pytest.mark.parametrize(
@@ -624,6 +676,25 @@ def test_what_the_model_side_refuses_is_refused_before_stage_one(
 
     monkeypatch.setattr("dear_batch.run.listwise.check_listwise", refuse)
     refused(spec, "windows too large")
+
+
+def test_a_gpu_that_is_not_there_is_reported_before_stage_one(fake: Fake, spec: JobSpec) -> None:
+    far = replace(spec, execution=ExecutionSpec(device="cuda:99"))
+    error = refused(far, "finds no GPU for --device cuda:99")
+    assert error.exit_code == 78
+    assert fake.checked == []
+
+
+def test_only_a_job_for_a_gpu_imports_torch_before_stage_one(
+    fake: Fake, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert spec.listwise
+    monkeypatch.setitem(sys.modules, "dear_batch.listwise.model", None)
+    for device in ("auto", "cpu"):
+        listwise.prepare(spec.listwise, device)
+    assert len(fake.checked) == 2
+    with pytest.raises(ImportError):
+        listwise.prepare(spec.listwise, "cuda")
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])

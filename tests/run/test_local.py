@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dear_batch import Reranker
 from dear_batch.bundle import open_bundle
-from dear_batch.errors import DearBatchError, InputError, OutputError
+from dear_batch.errors import ConfigurationError, DearBatchError, InputError, OutputError
 from dear_batch.files.durable import scratch_folder
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
 from dear_batch.pointwise.rows import Batch
@@ -701,17 +701,24 @@ def test_a_failure_while_scoring_publishes_nothing(
     assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
 
 
-def test_a_failed_rerun_leaves_the_old_run(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+def test_a_failed_rerun_leaves_the_old_run_and_no_report(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    """One that is refused leaves everything."""
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:4]))
     run_job(spec)
     before = {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED}
+    with pytest.raises(ConfigurationError, match="another job"):
+        run_job(replace(spec, pointwise=replace(spec.pointwise, depth=3)))
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED} == before
     with (
         scorer_wrapped(lambda inner: Failing(inner, 1)),
         pytest.raises(RuntimeError, match="the device is gone"),
     ):
         run_job(spec)
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED} == before
-    assert names(tmp_path / "out") == PUBLISHED
+    del before["report.json"]
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    assert names(tmp_path / "out") == set(before)
 
 
 def test_a_damaged_page_in_the_middle_publishes_nothing(
