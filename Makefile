@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 DATA ?= $(or $(DEAR_BATCH_TEST_DATA),../shared/data)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo check test test-all bench optimum clean
+.PHONY: setup demo check test test-all bench bench-listwise optimum clean
 
 setup: .venv/.installed
 
@@ -41,6 +41,12 @@ test-all: setup optimum
 bench: demo
 	$(BIN)/python benchmarks/agreement.py .demo/bundle .demo/base examples/smollm2-pointwise-lora \
 		$(DATA)/noveleval/google-top20.rankgpt.json $(DATA)/noveleval/qrels.txt
+
+# Listwise windows decoded by us and by Hugging Face, and what decided the cache
+bench-listwise: demo
+	test -d .demo/listwise || $(BIN)/dear-batch export --model .demo/base --output .demo/listwise
+	$(BIN)/python benchmarks/listwise_cache.py .demo/base
+	$(BIN)/python benchmarks/listwise.py .demo/listwise $(DATA)/noveleval/google-top20.rankgpt.json
 
 # A bundle in Optimum's own runtime, which needs transformers 4 and so a venv of its own
 optimum: demo .venv-optimum/.installed

@@ -174,7 +174,9 @@ class PermutationDecoder:
     def _write(self, row: Row, states_TH: torch.Tensor, logits_TV: Logits) -> int:
         first = row.writer.given - 1
         kept, new = row.writer.accept(logits_TV)
-        self._chosen += [(row, token) for token in row.writer.tokens[-new:][:new]]
+        self._chosen += [
+            (row, token) for token in row.writer.tokens[len(row.writer.tokens) - new :]
+        ]
         self._states += states_TH[first : first + new]
         return kept
 
