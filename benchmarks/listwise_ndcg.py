@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from dear_batch.bundle import open_bundle
 from dear_batch.evaluate.evaluation import evaluate
 
 PROMPTS = ("readme", "rankllm-chat")
@@ -63,7 +62,6 @@ def main() -> None:
     names = ("first_stage", "stage_1", *(f"stage_1_and_2_{prompt}" for prompt in PROMPTS))
     result = {
         "candidates": arguments.candidates.name,
-        "listwise_model": open_bundle(arguments.listwise, verify=False).manifest.source.model,
         "ndcg": {
             name: {measure: round(e.measures[measure], 4) for measure in MEASURES}
             for name, e in zip(names, evaluations, strict=True)
