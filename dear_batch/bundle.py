@@ -204,15 +204,15 @@ def _check_listed(folder: Path, path: Path, manifest: Manifest) -> None:
     beside_graphs = name.parts[0] == "onnx"
     is_hidden = any(part.startswith(".") for part in name.parts)
     if name.as_posix() not in {MANIFEST, *manifest.files} and (beside_graphs or not is_hidden):
-        raise _changed(folder, name.as_posix(), "the manifest does not list it")
+        raise _changed(folder, name.as_posix(), "the manifest does not list it", f"rm {path}; or ")
     if beside_graphs and path.stat().st_nlink > 1:
         raise _changed(folder, name.as_posix(), "it is a hard link")
 
 
-def _changed(folder: Path, name: str, why: str) -> TrustError:
+def _changed(folder: Path, name: str, why: str, first: str = "") -> TrustError:
     return TrustError(
         f"The bundle {folder} is not what its manifest says.",
         where=f"{name}: {why}",
         valid="the files exactly as `dear-batch export` wrote them",
-        next_step="copy the bundle again from its source, or export it again",
+        next_step=f"{first}copy the bundle again from its source, or export it again",
     )

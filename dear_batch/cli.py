@@ -188,15 +188,29 @@ def export(spec: Path | None, dry_run: bool, **options: str | None) -> None:
     "--interpolate", "pointwise__interpolate", type=float, help="Weight of the logits, 0 to 1."
 )
 @click.option("--listwise", "listwise__bundle", help="Folder of a listwise bundle: stage 2.")
-@click.option("--listwise-depth", "listwise__depth", type=int, help="Places it re-orders; 30.")
-@click.option("--window", "listwise__window", type=int, help="Passages it sees at once; 20.")
-@click.option("--step", "listwise__step", type=int, help="Places between windows; 10.")
-@click.option("--prompt", "listwise__prompt", help="Name of a built-in prompt, or a TOML file.")
+@click.option(
+    "--listwise-depth",
+    "listwise__depth",
+    type=int,
+    help="Places from the top that it re-orders; default 30.",
+)
+@click.option(
+    "--window", "listwise__window", type=int, help="Passages it sees at once; default 20."
+)
+@click.option(
+    "--step",
+    "listwise__step",
+    type=int,
+    help="Places by which windows move up; default half a window.",
+)
+@click.option(
+    "--prompt", "listwise__prompt", help="readme (default), rankllm-chat, or a TOML file."
+)
 @click.option(
     "--reasoning-tokens",
     "listwise__reasoning_tokens",
     type=int,
-    help="Most tokens of reasoning before an answer; 0, none.",
+    help="Most tokens of reasoning before an answer; default 0, none.",
 )
 @click.option(
     "--listwise-precision",
@@ -207,7 +221,7 @@ def export(spec: Path | None, dry_run: bool, **options: str | None) -> None:
 @click.option(
     "--max-failed-windows",
     "listwise__max_failed_windows",
-    help="More failed windows end with exit code 3: a count, or a share such as 1%; 0.",
+    help="More failed windows end with exit code 3: a count, or a share such as 1%; default 0.",
 )
 @click.option(
     "--stage",

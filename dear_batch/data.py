@@ -125,17 +125,17 @@ class Window:
 class Permutation:
     """What the listwise model made of one window.
 
-    `order[i]` is the place within the window (from 0) of the passage that comes i-th.
-    `status`: ok; truncated (reasoning ran into its limit or stopped unclosed, the answer was
-    forced from there); kept (a single passage: the model was not asked); failed (`detail` says
-    why; `order` is the identity, as for kept). `logprobs[i]` is the natural log-probability of
-    the i-th choice among what the answer grammar left, 0 for the last one; NaN where the model
-    chose nothing. `text` is all that the model wrote, reasoning first. `overruled` counts the
-    tokens of the answer in whose place the model's own greedy token, over its whole vocabulary,
-    was another: at 0, plain greedy decoding writes the same up to the last identifier, which is
-    free, after the same reasoning. Passages are cut to the prompt's own length,
-    and shortened further where the window would not fit; texts that spell a special token are
-    neutralised.
+    `order[i]` is the place within the window (from 0) of the passage that comes i-th. `status`:
+    ok; truncated (reasoning ran into its limit or stopped unclosed, `detail` says which, and
+    the answer was forced from there); kept (a single passage: the model was not asked); failed
+    (`detail` says why; `order` is the identity, as for kept). `logprobs[i]` is the natural log-
+    probability of the i-th choice among what the answer grammar left, 0 for the last one; NaN
+    where the model chose nothing. `text` is all that the model wrote, reasoning first.
+    `overruled` counts the tokens of the answer in whose place the model's own greedy token,
+    over its whole vocabulary, was another: at 0, plain greedy decoding writes the same up to
+    the last identifier, which is free, after the same reasoning. Passages are cut to the
+    prompt's own length, and shortened further where the window would not fit; texts that spell
+    a special token are neutralised.
     """
 
     window: Window

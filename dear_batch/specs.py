@@ -95,10 +95,10 @@ class PointwiseSpec:
 class ListwiseSpec:
     """The listwise stage: a generator re-orders the top of each list, window by window.
 
-    The windows of `window` places move up by `step` from place `depth` to the top; the
-    defaults are the published setting (arXiv 2508.16998). `prompt` is the name of one that
-    is built in, or a TOML file. `reasoning_tokens` limits what the model may write before its
-    answer; at 0 it answers at once. `precision` auto is bf16 on a GPU, else fp32.
+    The windows of `window` places move up by `step`, half a window if not said, from place
+    `depth` to the top; the defaults are the published setting (arXiv 2508.16998). `prompt` is the
+    name of one that is built in, or a TOML file. `reasoning_tokens` limits what the model may
+    write before its answer; at 0 it answers at once. `precision` auto is bf16 on a GPU, else fp32.
     `max_failed_windows` is a count, such as 5, or a share of all windows, such as "1%".
 
     Raises:
@@ -109,7 +109,7 @@ class ListwiseSpec:
     prompt: str = "readme"
     depth: int = 30
     window: int = 20
-    step: int = 10
+    step: int | None = None
     reasoning_tokens: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     batch_tokens: int | None = None
@@ -120,10 +120,20 @@ class ListwiseSpec:
         for name, least in (("depth", 2), ("window", 2), ("reasoning_tokens", 0)):
             if getattr(self, name) < least:
                 _refuse(name, getattr(self, name), f"a whole number from {least}")
-        if not 1 <= self.step <= self.window:
+        if not 1 <= self.stride <= self.window:
             _refuse("step", self.step, f"a whole number from 1 to the window, {self.window}")
         _at_least_one("batch_tokens", self.batch_tokens)
         self.failures_allowed(0)
+
+    @property
+    def stride(self) -> int:
+        """The places by which windows move up."""
+        return self.window // 2 if self.step is None else self.step
+
+    @property
+    def passages(self) -> int:
+        """The most passages that a prompt shows."""
+        return min(self.window, self.depth)
 
     def failures_allowed(self, windows: int) -> float:
         """How many of so many windows may fail before the job ends with exit code 3."""

@@ -1,6 +1,7 @@
 """The specs that ship load, and each kind of mistake is refused with the message that helps."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,9 @@ def test_the_listwise_table_of_the_nightly_job_can_be_switched_on(tmp_path: Path
     switched = re.sub(r"^# (\[listwise\]|\w+ = .+)$", r"\1", text, flags=re.MULTILINE)
     (tmp_path / "job.toml").write_text(switched, encoding="utf-8")
     spec = load_spec(tmp_path / "job.toml", JobSpec)
-    assert spec.listwise == ListwiseSpec("bundles/dear-8b-listwise")  # all the rest is the default
+    default = ListwiseSpec("bundles/dear-8b-listwise")
+    assert spec.listwise == replace(default, step=10)  # which is half of the default window
+    assert default.stride == 10
 
 
 def test_zoo_is_complete() -> None:
@@ -229,7 +232,7 @@ def test_value_in_place_of_a_table(tmp_path: Path) -> None:
         ("listwise", 'bundle = "l"\ndepth = 1', "depth"),
         ("listwise", 'bundle = "l"\nwindow = 1', "window"),
         ("listwise", 'bundle = "l"\nstep = 0', "step"),
-        ("listwise", 'bundle = "l"\nwindow = 9', "step"),  # the default, 10
+        ("listwise", 'bundle = "l"\nwindow = 9\nstep = 10', "step"),
         ("listwise", 'bundle = "l"\nreasoning_tokens = -1', "reasoning_tokens"),
         ("listwise", 'bundle = "l"\nbatch_tokens = 0', "batch_tokens"),
         ("listwise", 'bundle = "l"\nmax_failed_windows = -1', "max_failed_windows"),
@@ -249,7 +252,8 @@ def test_the_listwise_stage_is_the_published_one(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text(job_text(listwise='bundle = "l"'), encoding="utf-8")
     found = load_spec(path, JobSpec).listwise
-    assert found == ListwiseSpec("l", "readme", 30, 20, 10, 0, "auto", None, 0)
+    assert found == ListwiseSpec("l", "readme", 30, 20, None, 0, "auto", None, 0)
+    assert found.stride == 10
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ try:
 
     from dear_batch.export import gate
     from dear_batch.export.graphs import onnx_from_torch
-    from dear_batch.export.merge import model_from_checkpoint, tokenizer_from_checkpoint
+    from dear_batch.export.merge import model_from_checkpoint, quiet, tokenizer_from_checkpoint
     from dear_batch.export.needs import Needs, architecture, checkpoint_dtype, needs_from_config
     from dear_batch.pointwise.onnx_scorer import PackedOnnxScorer, PaddedOnnxScorer
     from dear_batch.pointwise.torch_scorer import TorchScorer
@@ -225,7 +225,8 @@ def _listwise(plan: Plan, model: Any, folder: Path, report: Report) -> dict[str,
     """Merged in fp32, cast once to the dtype that the checkpoint was stored in."""
     dtype = checkpoint_dtype(plan.config)
     report(f"writing safetensors in {dtype}")
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    with quiet():
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
     return {"precision": PRECISIONS[dtype], "recipe": None, "graphs": {}, "parity": None}
 
 
@@ -271,6 +272,8 @@ def _whole_or_absent(output: Path, needs: Needs) -> Iterator[Path]:
         try:
             yield folder
             folder.chmod(0o755)
+            for path in folder.rglob("*"):  # safetensors writes its files for their owner alone
+                path.chmod(0o755 if path.is_dir() else 0o644)
             folder.rename(output)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

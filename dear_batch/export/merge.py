@@ -44,7 +44,7 @@ def model_from_checkpoint(model: Checkpoint, adapter: Checkpoint | None, task: T
         check_weights(adapter, "adapter_model.safetensors")
     try:
         head = _stored_head(adapter or model) if task == "pointwise" else None
-        with _quiet():
+        with quiet():
             merged = _load(model, adapter, task)
             if adapter is not None:
                 merged = _merge(merged, adapter)
@@ -64,7 +64,7 @@ def model_from_checkpoint(model: Checkpoint, adapter: Checkpoint | None, task: T
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No report of a missing head (it is checked here) and no notices of other libraries."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -156,7 +156,7 @@ def tokenizer_from_checkpoint(model: Checkpoint, adapter: Checkpoint | None) -> 
             refuse_remote_code(checkpoint, "tokenizer_config.json")
     has_own = adapter is not None and (adapter.folder / "tokenizer.json").is_file()
     source = adapter if adapter is not None and has_own else model
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source.folder), trust_remote_code=False)
         except (OSError, ValueError) as error:

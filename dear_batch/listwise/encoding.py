@@ -119,21 +119,9 @@ class PromptEncoder:
         self._shorten([*searches.values()])
         return [searches[i].best if i in searches else prompt for i, prompt in enumerate(whole)]
 
-    def check_window(self, n: int) -> None:
-        """Check that windows of n passages can fit at all.
-
-        Raises:
-            ConfigurationError: they cannot, even without a query.
-        """
-        tokens = len(self._smallest(n).ids)
-        if tokens > self.max_tokens:
-            raise ConfigurationError(
-                f"A window of {n} passages does not fit: without a query and with one "
-                f"character a passage it has {tokens} tokens.",
-                where=f"prompt {self.prompt.name}",
-                valid=f"at most {self.max_tokens} tokens, which leaves room for the answer",
-                next_step="make the window smaller, or allow prompts more tokens",
-            )
+    def least_tokens(self, n: int) -> int:
+        """The tokens of a prompt of n passages of one character each, without a query."""
+        return len(self._smallest(n).ids)
 
     def check_identifiers(self, n: int) -> None:
         """Check that the tokenizer can write every answer over n passages.

@@ -28,9 +28,23 @@ def check_listwise(bundle: Bundle, spec: ListwiseSpec) -> PromptEncoder:
         )
     room = context(bundle) - answer_tokens(prompt, spec)
     encoder = PromptEncoder.from_bundle(bundle, prompt, room)
-    encoder.check_identifiers(spec.window)
-    encoder.check_window(min(spec.window, spec.depth))
+    encoder.check_identifiers(spec.passages)
+    _check_room(bundle, encoder, spec)
     return encoder
+
+
+def _check_room(bundle: Bundle, encoder: PromptEncoder, spec: ListwiseSpec) -> None:
+    """Refuse windows that cannot fit even without a query and with a character a passage."""
+    least = encoder.least_tokens(spec.passages)
+    if least > encoder.max_tokens:
+        answer = answer_tokens(encoder.prompt, spec) - spec.reasoning_tokens
+        raise ConfigurationError(
+            f"A window of {spec.passages} passages does not fit into the model's context.",
+            where=f"prompt {encoder.prompt.name}: {least} tokens with one character a passage, "
+            f"{spec.reasoning_tokens} of reasoning, {answer} of the answer",
+            valid=f"{context(bundle)} tokens in all",
+            next_step="lower --window or --reasoning-tokens",
+        )
 
 
 def context(bundle: Bundle) -> int:
@@ -42,6 +56,6 @@ def context(bundle: Bundle) -> int:
 def answer_tokens(prompt: Prompt, spec: ListwiseSpec) -> int:
     """Room for what the model writes, in tokens; an answer has at most one a character."""
     answer = prompt.answer
-    text = max(answer.lead, key=len) + answer.text(prompt.identifiers(spec.window))
+    text = max(answer.lead, key=len) + answer.text(prompt.identifiers(spec.passages))
     closing = len(prompt.reasoning.close) if prompt.reasoning and spec.reasoning_tokens else 0
     return len(text) + spec.reasoning_tokens + closing

@@ -189,14 +189,14 @@ def load_prompt(name_or_path: str) -> Prompt:
     names = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
     if name_or_path in names:
         return load_spec(BUILT_IN / f"{name_or_path}.toml", Prompt)
-    if name_or_path.endswith(".toml"):
+    if name_or_path.endswith(".toml") and Path(name_or_path).is_file():
         return load_spec(Path(name_or_path), Prompt)
-    nearest = difflib.get_close_matches(name_or_path, names, n=1)
+    nearest = difflib.get_close_matches(name_or_path.lower(), names, n=1)
     raise UsageError(
         f"There is no prompt {name_or_path!r}."
         + (f" Did you mean {nearest[0]!r}?" if nearest else ""),
         where="prompt",
-        valid=f"{', '.join(names)}, or the path of a file that ends with .toml",
+        valid=f"{', '.join(names)}, or a file that ends with .toml, from the working directory",
         next_step=f"for a prompt of your own, begin with a copy of {BUILT_IN / 'readme.toml'}",
     )
 

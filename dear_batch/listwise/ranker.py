@@ -52,7 +52,7 @@ class ListwiseRanker:
     ) -> None:
         prompt = encoder.prompt
         grammar = Grammar(prompt.answer)
-        vocabulary = Vocabulary.of(tokenizer, grammar, prompt.identifiers(spec.window))
+        vocabulary = Vocabulary.of(tokenizer, grammar, prompt.identifiers(spec.passages))
         self._budget = BUDGETS[model.device.partition(":")[0]]
         self._speller = Speller(tokenizer, grammar, vocabulary)
         self._decoder = PermutationDecoder(model, self._speller, self._budget.prefill_tokens)
@@ -62,7 +62,7 @@ class ListwiseRanker:
         self.device = model.device
         self.precision = model.precision
         self.wave_queries = self._budget.rows
-        self._teach(min(SAMPLE, spec.window))
+        self._teach(min(SAMPLE, spec.passages))
 
     @classmethod
     def open(cls, bundle: "Bundle", spec: ListwiseSpec, device: str) -> Self:
@@ -139,7 +139,7 @@ class ListwiseRanker:
             status="failed" if writer.failure else "truncated" if truncated else "ok",
             logprobs=tuple(writer.logprobs) if answered else (nan,) * len(places),
             text=self._speller.read(tokens) + writer.rest,
-            detail=writer.failure,
+            detail=writer.failure or (thought.detail if thought else ""),
             prompt_sha256=prompt.sha256,
             prompt_tokens=len(prompt.ids),
             answer_tokens=len(tokens),

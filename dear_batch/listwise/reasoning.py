@@ -44,6 +44,7 @@ class Reasoning:
     tokens: list[int] = field(default_factory=list)
     over: bool = False
     truncated: bool = False
+    detail: str = ""
 
     def take(self, token: int) -> None:
         """Add the model's next token."""
@@ -74,6 +75,7 @@ class Reasoning:
             self.writer.logprobs = [nan] * len(answered.chosen)
             return
         self.truncated = True
+        self.detail = "the text ended unclosed" if ended else "the reasoning reached its limit"
         close = self.rules.close_ids()
         self.tokens += close
         self.writer.begin([*([] if ended else [token]), *close])

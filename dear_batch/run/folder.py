@@ -12,7 +12,6 @@ from dear_batch import __version__
 from dear_batch.bundle import hash_file
 from dear_batch.errors import ConfigurationError, InputError, OutputError
 from dear_batch.files.durable import replacing, writing
-from dear_batch.files.results import published_names
 from dear_batch.run.plan import Plan, expand, is_there
 from dear_batch.specs import JobSpec, ListwiseSpec
 
@@ -46,9 +45,18 @@ def check_folder(folder: Path) -> None:
 
 
 def claim_folder(
-    folder: Path, plan: Plan, spec: JobSpec, bundle_sha256: str, listwise: Fields | None = None
+    folder: Path,
+    plan: Plan,
+    spec: JobSpec,
+    bundle_sha256: str,
+    listwise: Fields | None = None,
+    *,
+    may_differ: bool = False,
 ) -> None:
     """Make the output folder ours by writing `plan.json`, or see that it is ours already.
+
+    With `may_differ` (`--stage pointwise`) the folder may be planned with another listwise
+    stage, which stays in its plan.
 
     Raises:
         OutputError: it holds something else, or cannot be written.
@@ -57,7 +65,10 @@ def claim_folder(
     path = folder / "plan.json"
     wanted = _described(plan, spec, bundle_sha256) | ({"listwise": listwise} if listwise else {})
     if path.is_file():
-        _refuse_others(folder, _read_plan(path), wanted)
+        found = _read_plan(path)
+        if may_differ and found and "listwise" in found:
+            wanted["listwise"] = found["listwise"]
+        _refuse_others(folder, found, wanted)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,19 +102,14 @@ def plan_listwise(folder: Path, spec: JobSpec, listwise: Fields, *, may_differ: 
     if may_differ:
         wanted["listwise"] = found["listwise"]
         wanted["spec"]["execution"] = found["spec"]["execution"]
+        wanted["spec"]["output"]["folder"] = found["spec"]["output"]["folder"]
     _refuse_others(folder, found, wanted)
     return {**found, "listwise": listwise}
 
 
 def replan(folder: Path, plan: Fields) -> None:
-    """Take back the report, and write a plan with another listwise stage.
-
-    What the former one had published is removed first: a folder never shows a run beside a
-    plan that did not make it.
-    """
-    retract_report(folder)
+    """Write a plan whose runs have just been published over those of another listwise stage."""
     if _read_plan(folder / "plan.json") != plan:
-        unpublish(folder)
         _write_plan(folder, plan)
 
 
@@ -114,20 +120,14 @@ def retract_report(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def unpublish(folder: Path) -> None:
-    """Remove the report, then the runs of a planned folder; the parts of stage 1 stay."""
-    retract_report(folder)
-    plan = _read_plan(folder / "plan.json") or {"outputs": []}
-    names = [name for o in plan["outputs"] for name in published_names(o["stem"]).values()]
-    with writing(folder / "run.trec"):
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
+def listwise_settings(spec: ListwiseSpec, bundle_sha256: str | None) -> Fields:
+    """What decides the order that a listwise stage gives; how much may fail does not.
 
-
-def listwise_settings(spec: ListwiseSpec, bundle_sha256: str) -> Fields:
-    """What decides the order that a listwise stage gives; how much may fail does not."""
+    The bundle has no hash where stage 1 runs alone on a machine that lacks it.
+    """
     settings = asdict(spec)
     del settings["max_failed_windows"]
+    settings["step"] = spec.stride
     own = spec.prompt.endswith(".toml") and Path(spec.prompt).is_file()
     sha256 = hash_file(Path(spec.prompt)).sha256 if own else None
     return {**settings, "bundle_sha256": bundle_sha256, "prompt_file_sha256": sha256}

@@ -23,7 +23,7 @@ from dear_batch.files.results import (
     transcript_writer,
 )
 from dear_batch.listwise.preflight import check_listwise
-from dear_batch.run.folder import listwise_settings, plan_listwise, replan
+from dear_batch.run.folder import listwise_settings, plan_listwise, replan, retract_report
 from dear_batch.run.handover import part_path, read_handover
 from dear_batch.run.report import ListwiseTally
 from dear_batch.run.waves import Course, Ranker, rerank
@@ -88,13 +88,14 @@ def run_listwise(
             plan = plan_listwise(folder, job, settings, may_differ=may_differ)
             handover = read_handover(folder, spec.depth)
             ranker = open_ranker(bundle, spec, job.execution.device)
-        replan(folder, plan)
+        retract_report(folder)
         total = handover.report["queries"]["written"]
         stage = _Stage(job, spec, ranker, tally, lambda done: advance(done, total))
         *others, last = handover.parts
         for stem in others:
             stage.publish(folder, stem)
         stage.publish(folder, last, lambda: tally.check(handover.report))
+        replan(folder, plan)
     found = {"device": ranker.device, "precision": ranker.precision, **tally.to_json()}
     return {
         "status": TOO_MANY_FAILED if _too_many_failed(spec, tally) else "ok",

@@ -25,7 +25,6 @@ from dear_batch.run.folder import (
     claim_folder,
     listwise_settings,
     retract_report,
-    unpublish,
 )
 from dear_batch.run.handover import part_path, write_handover
 from dear_batch.run.listwise import prepare, run_listwise
@@ -76,7 +75,6 @@ def _two_stages(
         fields = _pointwise(spec, advance, stage)
         gc.collect()  # the scorer is gone before the other model comes
         if stage == "pointwise":
-            unpublish(Path(spec.output.folder))
             return {"status": OUTSTANDING, **fields, "outputs": []}
     return run_listwise(
         spec, listwise, partial(advance, "listwise"), may_differ=stage == "listwise"
@@ -95,7 +93,8 @@ def _pointwise(spec: JobSpec, advance: Advance, stage: Stages) -> dict[str, Any]
         with tally.timed("load"):
             settings = _listwise_settings(spec, stage)
             bundle, encoder, scorer = _load(spec)
-        claim_folder(folder, plan, spec, bundle.sha256, settings)
+        alone = stage == "pointwise"
+        claim_folder(folder, plan, spec, bundle.sha256, settings, may_differ=alone)
         retract_report(folder)
         total = sum(output.n_queries for output in plan.outputs)
         with quarantine_writer(folder) as refuse:
@@ -117,10 +116,11 @@ def _advance(advance: Advance, total: int, done: float) -> None:
 def _listwise_settings(spec: JobSpec, stage: Stages) -> dict[str, Any] | None:
     if spec.listwise is None:
         return None
-    if stage == "pointwise":  # loads none of it, so this machine may lack what that takes
-        bundle = open_bundle(spec.listwise.bundle, task="listwise", verify=False)
-    else:
-        bundle = prepare(spec.listwise, spec.execution.device)
+    if stage == "pointwise":  # another machine may run the other stage, and have its bundle
+        if Path(spec.listwise.bundle).is_dir():
+            open_bundle(spec.listwise.bundle, task="listwise", verify=False)
+        return listwise_settings(spec.listwise, None)
+    bundle = prepare(spec.listwise, spec.execution.device)
     return listwise_settings(spec.listwise, bundle.sha256)
 
 

@@ -133,7 +133,7 @@ def rerank(
 
 def _course(item: RankedList, spec: ListwiseSpec) -> Course:
     depth = min(spec.depth, len(item.ranking.entries))
-    return Course(item, windows(depth, spec.window, spec.step), list(range(depth)))
+    return Course(item, windows(depth, spec.window, spec.stride), list(range(depth)))
 
 
 def _ask(

@@ -147,10 +147,10 @@ def test_what_does_not_fit_is_refused_with_its_place(name: str, tmp_path: Path) 
 def test_an_unknown_name_lists_those_that_exist() -> None:
     with pytest.raises(UsageError, match=r"no prompt 'readmee'. Did you mean 'readme'") as error:
         load_prompt("readmee")
-    assert error.value.valid.startswith("rankllm-chat, readme, or the path of a file")
+    assert error.value.valid.startswith("rankllm-chat, readme, or a file")
     assert "readme.toml" in error.value.next_step
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="There is no prompt"):
         load_prompt(str(tmp_path / "none.toml"))

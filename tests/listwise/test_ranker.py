@@ -135,8 +135,14 @@ def test_a_chat_prompt_needs_a_chat_template(listwise: Bundle) -> None:
 
 
 def test_a_window_that_cannot_fit_a_passage_each_is_refused(listwise: Bundle) -> None:
-    with pytest.raises(ConfigurationError, match="window of 400 passages does not fit"):
+    with pytest.raises(ConfigurationError, match="window of 400 passages does not fit") as error:
         check_listwise(listwise, replace(SPEC, window=400, depth=400))
+    assert "1024 tokens in all" in error.value.valid
+    with pytest.raises(ConfigurationError, match="does not fit") as error:
+        check_listwise(listwise, replace(SPEC, reasoning_tokens=1000))
+    assert "1000 of reasoning" in error.value.where
+    assert "--reasoning-tokens" in error.value.next_step
+    check_listwise(listwise, replace(SPEC, window=400))  # of which a list has 12 at most
 
 
 def test_identifiers_that_the_tokenizer_cannot_spell_are_refused(

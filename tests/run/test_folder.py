@@ -17,7 +17,6 @@ from dear_batch.run.folder import (
     listwise_settings,
     plan_listwise,
     replan,
-    unpublish,
 )
 from dear_batch.run.plan import plan_job
 from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec
@@ -170,26 +169,17 @@ def test_another_listwise_stage_is_pointed_to_its_own_run(tmp_path: Path, planne
     assert "--stage" not in caught.value.next_step
 
 
-def test_the_same_listwise_stage_takes_back_the_report_alone(
-    tmp_path: Path, planned: JobSpec
-) -> None:
-    for name in ("run.trec", "report.json"):
-        (tmp_path / "out" / name).touch()
+def test_the_same_listwise_stage_leaves_its_plan(tmp_path: Path, planned: JobSpec) -> None:
     before = (tmp_path / "out" / "plan.json").stat()
     go_on(tmp_path, planned, may_differ=False)
     assert (tmp_path / "out" / "plan.json").stat() == before
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "run.trec"}
 
 
-def test_another_listwise_stage_replaces_what_the_former_published(
+def test_another_listwise_stage_takes_its_place_in_the_plan(
     tmp_path: Path, planned: JobSpec
 ) -> None:
-    out = tmp_path / "out"
-    for name in ("run.trec", "results.parquet", "transcripts.parquet", "report.json", "mine.txt"):
-        (out / name).touch()
     before = plan_of(tmp_path)
     go_on(tmp_path, planned, replace(LISTWISE, depth=20))
-    assert {path.name for path in out.iterdir()} == {"plan.json", "mine.txt"}
     after = plan_of(tmp_path)
     assert (before.pop("listwise")["depth"], after.pop("listwise")["depth"]) == (30, 20)
     assert after == before
@@ -279,15 +269,3 @@ def test_stage_two_needs_a_plan_of_two_stages(plan_text: str | None, tmp_path: P
     with pytest.raises(ConfigurationError, match="no finished stage 1") as caught:
         go_on(tmp_path, spec)
     assert "--stage pointwise" in caught.value.next_step
-
-
-def test_outputs_of_each_input_are_unpublished(tmp_path: Path) -> None:
-    paths = [nested(tmp_path / f"{i}.parquet", [f"q{i}"]) for i in range(2)]
-    claim_two(tmp_path, job(*paths, folder=str(tmp_path / "out"), run_per_input=True))
-    for i in range(2):
-        for name in ("trec", "results.parquet", "transcripts.parquet"):
-            (tmp_path / "out" / f"{i}.{name}").touch()
-    (tmp_path / "out" / "quarantine.parquet").touch()
-    unpublish(tmp_path / "out")
-    left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"plan.json", "quarantine.parquet"}

@@ -412,8 +412,9 @@ def test_the_first_stage_alone_leaves_parts_and_says_so(
     run_job(spec, stage="listwise")
     assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
     assert (tmp_path / "out" / "quarantine.parquet").read_bytes() == quarantine
-    run_job(spec, stage="pointwise")  # begins again: a run without its report would be in doubt
-    assert names(tmp_path / "out") == STAGE_ONE | {"quarantine.parquet"}
+    run_job(spec, stage="pointwise")  # the run of these settings stays
+    assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
+    assert run_job(spec, stage="listwise")["status"] == "ok"
 
 
 def test_the_second_stage_again_with_other_settings(
@@ -575,7 +576,8 @@ def test_a_rerun_that_dies_leaves_the_old_run_where_it_is_of_this_plan(
     assert names(tmp_path / "out") == PUBLISHED - {"report.json"}
     with pytest.raises(RuntimeError):
         run_job(other(spec, depth=5), stage="listwise")
-    assert names(tmp_path / "out") == {"plan.json", "parts"}
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in SAME} == before
+    assert names(tmp_path / "out") == PUBLISHED - {"report.json"}
 
 
 @pytest.mark.parametrize("stage", ["all", "listwise"])
