@@ -140,7 +140,6 @@ def verdicts(
         windows=len(answers),
         follow_grammar=0,
         lenient_permutation=0,
-        lenient_but_one=0,
         identical=0,
     )
     for tokens, permutation in zip(answers, ours, strict=True):
