@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from dear_batch.errors import ConfigurationError
-from dear_batch.listwise.slots import ATTENTION, SlotCache, folded_mask
+from dear_batch.listwise.slots import ATTENTION, SlotCache, folded_mask, head_size
 
 if TYPE_CHECKING:
     from dear_batch.bundle import Bundle
@@ -72,10 +72,8 @@ class LanguageModel:
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes in the cache."""
-        config = self.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_hidden_layers * config.num_key_value_heads
-        return int(2 * heads * size * self._model.dtype.itemsize)
+        heads = self.config.num_hidden_layers * self.config.num_key_value_heads
+        return int(2 * heads * head_size(self.config) * self._model.dtype.itemsize)
 
     def begin(self, rows: int, slots: int) -> None:
         """Make an empty cache for a batch."""

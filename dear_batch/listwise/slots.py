@@ -22,8 +22,7 @@ class SlotCache:
     """
 
     def __init__(self, config: Any, rows: int, slots: int, dtype: Any, device: str) -> None:
-        heads = config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, size = config.num_key_value_heads, head_size(config)
         shape = (config.num_hidden_layers, 2, rows, heads, slots, size)
         # Zeros: a masked value counts for nothing only while it is a number.
         self._blocks = torch.zeros(shape, dtype=dtype, device=device)
@@ -67,6 +66,12 @@ class SlotCache:
     def get_seq_length(self, *_: Any) -> int:
         """Part of transformers' cache protocol; positions and masks are given explicitly."""
         return self._shared if self._prompts else self.used
+
+
+def head_size(config: Any) -> int:
+    """Numbers in a head's key or value; older configs leave it to be derived."""
+    stated: int | None = getattr(config, "head_dim", None)
+    return stated or int(config.hidden_size // config.num_attention_heads)
 
 
 def slot_attention(
