@@ -2,9 +2,12 @@
 
 Raised anywhere, printed only by `dear_batch.cli`. The exit codes are those of BSD's
 sysexits where one fits; schedulers map them (75 is worth a retry, 65 and 78 are not).
+Three ends of a job are no errors of a class: 0, `EXIT_INCOMPLETE` and `--empty-exit`.
 """
 
 from typing import ClassVar
+
+EXIT_INCOMPLETE = 3  # done and published, and more was set aside or failed than was allowed
 
 
 class DearBatchError(Exception):
@@ -49,6 +52,12 @@ class OutputError(DearBatchError):
     """The output cannot be written, or its folder is not ours."""
 
     exit_code = 73
+
+
+class TryAgainError(DearBatchError):
+    """Nothing is wrong with the job: another run holds the folder, or this one was stopped."""
+
+    exit_code = 75
 
 
 class TrustError(DearBatchError):

@@ -14,7 +14,7 @@ from typing import Literal, NoReturn
 from dear_batch.errors import UsageError
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_FAILURES = re.compile(r"(?P<count>\d+)|(?P<percent>\d+(\.\d+)?)%")
+_LIMIT = re.compile(r"(?P<count>\d+)|(?P<percent>\d+(\.\d+)?)%")
 ALL = 100  # percent
 
 
@@ -56,16 +56,25 @@ class ExportSpec:
 class InputSpec:
     """The candidate lists: Parquet files or globs, in the order in which they are run.
 
+    `max_bad` is how many candidates may be quarantined before the job, done and published,
+    ends with exit code 3: a count, such as 5, or a share of those read, such as "1%".
+
     Raises:
-        UsageError: there is no path.
+        UsageError: there is no path, or a value is out of range.
     """
 
     paths: tuple[str, ...]
+    max_bad: int | str = 0
 
     def __post_init__(self) -> None:
         """Check that there is at least one path."""
         if not self.paths:
             _refuse("paths", self.paths, "at least one file or glob")
+        self.bad_allowed(0)
+
+    def bad_allowed(self, candidates: int) -> float:
+        """How many of so many candidates may be quarantined."""
+        return _allowed("max_bad", self.max_bad, candidates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +146,7 @@ class ListwiseSpec:
 
     def failures_allowed(self, windows: int) -> float:
         """How many of so many windows may fail before the job ends with exit code 3."""
-        found = _FAILURES.fullmatch(str(self.max_failed_windows))
-        percent = float(found["percent"] or 0) if found else math.inf
-        if found is None or percent > ALL:
-            valid = 'a count such as 5, or a share from "0%" to "100%"'
-            _refuse("max_failed_windows", self.max_failed_windows, valid)
-        return int(found["count"]) if found["count"] else windows * percent / ALL
+        return _allowed("max_failed_windows", self.max_failed_windows, windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,8 @@ class ExecutionSpec:
     """Where and in what portions the work is done; scores move by rounding at most.
 
     `row_tokens` is the length of a packed row, `batch_tokens` the tokens of one call of the
-    model; None leaves them to the runner.
+    model; None leaves them to the runner. A job in which nothing moves for `stall_timeout_s`
+    seconds is ended. `paranoid` hashes every file of a bundle, however lately it was hashed.
 
     Raises:
         UsageError: a value is out of range, or a batch is smaller than a row.
@@ -178,9 +183,12 @@ class ExecutionSpec:
     engine: Literal["auto", "onnxruntime", "torch"] = "auto"
     row_tokens: int | None = None
     batch_tokens: int | None = None
+    stall_timeout_s: int = 900
+    paranoid: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        _at_least_one("stall_timeout_s", self.stall_timeout_s)
         if not _DEVICE.fullmatch(self.device):
             _refuse("device", self.device, "auto, cpu, cuda, or cuda:N with the number of a GPU")
         _at_least_one("row_tokens", self.row_tokens)
@@ -199,6 +207,15 @@ class JobSpec:
     output: OutputSpec
     execution: ExecutionSpec = field(default_factory=ExecutionSpec)
     listwise: ListwiseSpec | None = None
+
+
+def _allowed(name: str, limit: int | str, total: int) -> float:
+    """A limit that is a count or a share of `total`, as a count."""
+    found = _LIMIT.fullmatch(str(limit))
+    percent = float(found["percent"] or 0) if found else math.inf
+    if found is None or percent > ALL:
+        _refuse(name, limit, 'a count such as 5, or a share from "0%" to "100%"')
+    return int(found["count"]) if found["count"] else total * percent / ALL
 
 
 def _at_least_one(name: str, value: int | None) -> None:

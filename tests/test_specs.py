@@ -145,7 +145,7 @@ def test_unknown_key_names_the_nearest_and_all(tmp_path: Path) -> None:
     error = refusal(tmp_path, job_text(execution="row_token = 512"))
     assert error.what == "Unknown key 'row_token'. Did you mean 'row_tokens'?"
     assert error.where.endswith("spec.toml: execution.row_token")
-    assert error.valid == "device, engine, row_tokens, batch_tokens"
+    assert error.valid == "device, engine, row_tokens, batch_tokens, stall_timeout_s, paranoid"
 
 
 def test_unknown_table(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_value_in_place_of_a_table(tmp_path: Path) -> None:
     assert error.what == "The key 'pointwise' is missing."
     tables = '[pointwise]\nbundle = "b"\n[output]\nfolder = "o"'
     error = refusal(tmp_path, f'input = "a.parquet"\n{tables}')
-    assert error.valid == "a table with paths"
+    assert error.valid == "a table with paths, max_bad"
 
 
 @pytest.mark.parametrize(
