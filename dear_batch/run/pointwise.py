@@ -1,107 +1,140 @@
-"""Stage 1: scores the shards of an output and ranks its lists, one after the other.
+"""Stage 1: scores the shards of a job that are not committed yet, and ranks their lists.
 
-The reader thread opens, admits and tokenises ahead; this thread scores and ranks. What becomes
-of a ranking is the caller's affair.
+The reader thread opens, admits and tokenises ahead, across shards; this thread scores, ranks
+and commits. A shard's part is a pure function of its rows, the engine and the poison in it.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 
-from dear_batch.data import CandidateList, Ranking, Refusal, ScoredList
+from dear_batch.data import CandidateList, Ranking, Refusal, ScoredList, Shard
 from dear_batch.files.parquet import RowReader
+from dear_batch.files.parts import RANKED_SCHEMA, TEXT_SCHEMA, part_writer
+from dear_batch.files.results import write_quarantine
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer
-from dear_batch.run.admission import REASONS, Admission, Admitted
+from dear_batch.run.admission import SKIPPED, Admission, Admitted
 from dear_batch.run.blocks import Block, ahead, blocks, score_block
-from dear_batch.run.plan import Output
+from dear_batch.run.inputs import Hashes
+from dear_batch.run.ledger import Commit, Ledger
+from dear_batch.run.plan import Plan, Source
 from dear_batch.run.ranking import rank
 from dear_batch.run.report import Tally
+from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec
 
-HandOn = Callable[[Admitted, Ranking], None]
+STAGE = "pointwise"
+Poison = Mapping[str, frozenset[int]]
+Items = Iterable[Admitted | Refusal]
+NOTHING: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A block of a shard, or at its end None, with what was read for it."""
+
+    source: Source
+    shard: Shard
+    block: Block | None
+    candidates: int
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What every output of a job shares."""
+    """What every shard of a job shares."""
 
     spec: JobSpec
     encoder: PairEncoder
     scorer: Scorer
-    tally: Tally
-    refuse: Callable[[Refusal], None]
-    advance: Callable[[float], None]  # queries done
+    ledger: Ledger
+    hashes: Hashes
+    fingerprint: str
+    watch: Watch
+    poison: Poison
 
-    def rank(self, output: Output, hand_on: HandOn) -> None:
-        """Score one output's shards and hand on its rankings in order."""
-        for name, block in self._read_ahead(output):
-            queries = self.tally.queries
-            advance = partial(self._advance, queries.written + queries.quarantined, block)
-            with self.tally.timed("score"):
-                scored_lists = score_block(block, self.scorer, self.tally.work, advance)
-            with self.tally.timed("write"):
-                for refusal in block.refusals:
-                    self._set_aside(refusal)
-                for admitted, scored in zip(block.lists, scored_lists, strict=True):
-                    self._finish(admitted, scored, name, hand_on)
-            self._advance(queries.written + queries.quarantined, block, 0)
+    def run(self, todo: Sequence[tuple[Source, Shard]], done: int, total: int) -> list[Commit]:
+        """Score and commit shards; `done` of `total` queries are committed already."""
+        commits = []
+        with closing(ahead(self._read(todo))) as stream:
+            for (source, shard), items in groupby(stream, key=lambda r: (r.source, r.shard)):
+                self.watch.shard(STAGE, shard.key)
+                commits.append(self._shard(source, shard, items, partial(self._advance, total, done)))
+                done += shard.n_queries
+        return commits
 
-    def _advance(self, queries_before: int, block: Block, share: float) -> None:
-        self.advance(queries_before + share * len(block.lists))
+    def _advance(self, total: int, before: int, done: float) -> None:
+        self.watch.check()
+        self.watch.advance(STAGE, before + done, total)
 
-    def _read_ahead(self, output: Output) -> Iterator[tuple[str, Block]]:
-        stream = ahead(self._blocks(output))
-        while True:
-            with self.tally.timed("wait_for_reader"):
-                item = next(stream, None)
-            if item is None:
-                return
-            yield item
-
-    def _blocks(self, output: Output) -> Iterator[tuple[str, Block]]:
-        """Blocks of all shards in order, with the input's name; runs in the reader thread."""
-        pointwise = self.spec.pointwise
-        for source, shards in zip(output.sources, output.shards, strict=True):
-            with RowReader(source.file) as reader:
-                for shard in shards:
-                    admission = Admission(
-                        source.name,
-                        source.kept_rows,
-                        has_rows=not source.regrouped,
-                        need_first_scores=pointwise.interpolate < 1,
+    def _shard(
+        self, source: Source, shard: Shard, items: Iterator[Read], advance: Callable[[float], None]
+    ) -> Commit:
+        """Score a shard to its end, and commit it."""
+        tally, refusals = Tally(), list[Refusal]()
+        schema = TEXT_SCHEMA if self.spec.listwise else RANKED_SCHEMA
+        path = self.ledger.new_file("parts", shard.key, self.fingerprint)
+        with part_writer(path, schema) as write:
+            for block in _timed(items, tally):
+                refusals += block.refusals
+                before = tally.queries.written
+                with tally.timed("score"):
+                    scored = score_block(
+                        block,
+                        self.scorer,
+                        tally.work,
+                        lambda share, n=before, b=block: advance(n + share * len(b.lists)),
                     )
-                    is_flat = source.file.layout == "flat"
-                    admit = admission.admit_flat if is_flat else admission.admit
-                    items = admit(self._counted(reader.read(shard.first_row, shard.n_rows)))
-                    for block in blocks(items, self.encoder, pointwise.depth):
-                        yield source.name, block
-                    self.tally.queries.read += shard.n_queries
+                with tally.timed("write"):
+                    for admitted, found in zip(block.lists, scored, strict=True):
+                        refusals += self._finish(admitted, found, tally, write)
+                advance(tally.queries.written)
+        for refusal in refusals:
+            tally.refused(refusal)
+        tally.queries.read = shard.n_queries
+        return self._commit(source, shard, tally, {"part": path}, refusals)
 
-    def _counted(self, lists: Iterator[CandidateList]) -> Iterator[CandidateList]:
-        for item in lists:
-            self.tally.candidates.read += len(item.candidates)
-            yield item
+    def _commit(
+        self,
+        source: Source,
+        shard: Shard,
+        tally: Tally,
+        files: dict[str, "Path"],
+        refusals: Sequence[Refusal],
+    ) -> Commit:
+        set_aside = [refusal for refusal in refusals if refusal.reason not in SKIPPED]
+        if set_aside:
+            files["quarantine"] = self.ledger.new_file("quarantine", shard.key)
+            write_quarantine(files["quarantine"], set_aside)
+        sha256 = self.hashes.of_source(source.inputs)
+        counts = tally.to_json()
+        return self.ledger.commit(STAGE, shard.key, self.fingerprint, sha256, files, counts)
 
-    def _set_aside(self, refusal: Refusal) -> None:
-        self.refuse(refusal)
-        self.tally.refused(refusal)
+    def _read(self, todo: Sequence[tuple[Source, Shard]]) -> Iterator[Read]:
+        """Blocks of all shards in order; runs in the reader thread."""
+        for source, pairs in groupby(todo, key=lambda pair: pair[0]):
+            with RowReader(source.file) as reader:
+                for _, shard in pairs:
+                    yield from self._read_shard(source, shard, reader)
 
-    def _finish(self, admitted: Admitted, scored: ScoredList, name: str, hand_on: HandOn) -> None:
-        """Rank and hand on a list without its NaN and infinite scores, which mis-rank silently."""
-        kept = tuple(c for c in scored.candidates if c.logit is None or math.isfinite(c.logit))
-        for candidate in scored.candidates:
-            if candidate.logit is not None and not math.isfinite(candidate.logit):
-                self._set_aside(_unusable("non_finite_score", name, scored.qid, candidate.docid, 1))
-        if all(c.logit is None for c in kept):
-            self._set_aside(_unusable("no_valid_candidates", name, scored.qid, None, len(kept)))
+    def _read_shard(self, source: Source, shard: Shard, reader: RowReader) -> Iterator[Read]:
+        depth = self.spec.pointwise.depth
+        poison = self.poison.get(f"{STAGE}/{shard.key}", NOTHING)
+        items = without(admitted(self.spec, source, shard, reader), poison, depth)
+        read = 0
+        ...
+
+
+def _timed(items: Iterator[Read], tally: Tally) -> Iterator[Block]:
+    """The blocks of a shard, with the time that was waited for them."""
+    while True:
+        with tally.timed("wait_for_reader"):
+            item = next(items, None)
+        if item is None:
             return
-        ranking = rank(replace(scored, candidates=kept), self.spec.pointwise.interpolate)
-        hand_on(admitted, ranking)
-        self.tally.ranked(ranking)
-
-
-def _unusable(reason: str, path: str, qid: str, docid: str | None, candidates: int) -> Refusal:
-    """A refusal after scoring, when the row is no longer at hand; the qid finds it."""
-    return Refusal(reason, REASONS[reason], path, None, qid, docid, candidates)
+        tally.candidates.read += item.candidates
+        if item.block is not None:
+            yield item.block
