@@ -41,6 +41,7 @@ _QUARANTINE: dict[str, Any] = {
     "reason": pa.string(),
     "detail": pa.string(),
     "path": pa.string(),
+    "row_group": pa.int32(),
     "row": pa.int64(),
     "qid": pa.string(),
     "docid": pa.string(),
