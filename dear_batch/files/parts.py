@@ -75,7 +75,7 @@ def table_writer(
         def add(*values: list[Any]) -> None:
             nonlocal size
             for column, more in zip(columns, values, strict=True):
-                column += more
+                column.extend(more)
             size += sum(len(text or "") for i in texts for text in values[i])
             if size >= GROUP_BYTES or len(columns[0]) >= group_rows:
                 flush()

@@ -104,8 +104,8 @@ def merge_runs(
 
 def _lines(batch: pa.RecordBatch, tag: str) -> Iterator[str]:
     columns = (batch.column(name).to_pylist() for name in ("qid", "docid", "rank", "score"))
-    for row in zip(*columns, strict=True):
-        yield f"{RunLine(*row, tag)}\n"
+    for qid, docid, rank, score in zip(*columns, strict=True):
+        yield f"{RunLine(qid, docid, rank, score, tag)}\n"
 
 
 def merge_tables(

@@ -26,6 +26,10 @@ BEFORE_A_PLAN = frozenset({LOCK, REPORT, METRICS})
 Fields = dict[str, Any]
 
 
+class OtherJobError(ConfigurationError):
+    """The folder is another job's."""
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is not ours before anything is written.
 
@@ -133,15 +137,22 @@ def read_plan(folder: Path) -> Fields | None:
 
 
 def finished(folder: Path) -> Fields | None:
-    """The manifest of a folder that is done: `_SUCCESS` holds its hash. Otherwise None."""
+    """The manifest of a folder that is done, else None.
+
+    `_SUCCESS` holds its hash, and all files that it names are there in their size; what they
+    hold is `verify`'s affair.
+    """
     try:
         raw = (folder / MANIFEST).read_bytes()
         promised = (folder / SUCCESS).read_text(encoding="ascii").strip()
+        if hashlib.sha256(raw).hexdigest() != promised:
+            return None
+        manifest: Fields = json.loads(raw)
+        sizes = {name: (folder / name).lstat().st_size for name in manifest["files"]}
     except (OSError, ValueError):
         return None
-    if hashlib.sha256(raw).hexdigest() != promised:
-        return None
-    return read_json(folder / MANIFEST)
+    records = manifest["files"].items()
+    return manifest if all(sizes[name] == record["bytes"] for name, record in records) else None
 
 
 def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool = False) -> None:
@@ -150,7 +161,7 @@ def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool
     `again`: another second stage over the same first one is offered.
 
     Raises:
-        ConfigurationError: they differ.
+        OtherJobError: they differ.
     """
     wanted = json.loads(json.dumps(wanted))
     differing = [name for name in wanted if found.get(name) != wanted[name]]
@@ -162,7 +173,7 @@ def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool
         both = {**found[name], **wanted[name]}
         where += [f"{name}.{k}" for k in both if found[name].get(k) != wanted[name].get(k)]
     other = f"choose another --output, or begin anew with --restart, which empties {folder}"
-    raise ConfigurationError(
+    raise OtherJobError(
         f"The output folder {folder} belongs to another job: its inputs, bundle or "
         "settings differ.",
         where=f"{folder / PLAN}: {', '.join(where)}",
@@ -197,5 +208,3 @@ def _remove_files(folder: Path) -> None:
             elif path.suffix in {".json", ".parquet", ".tmp"}:
                 path.unlink()
         sync(folder)
-
-

@@ -66,7 +66,7 @@ def pointwise_runtime(bundle: Bundle, scorer: Scorer) -> Fields:
         "tokenizers": _version("tokenizers"),
         "device": scorer.device.partition(":")[0],
         "precision": bundle.manifest.precision,
-        "row_tokens": layout.row_tokens,
+        "row_tokens": layout.row_tokens if layout.packed else None,
         "batch_tokens": layout.batch_tokens,
     }
 

@@ -9,9 +9,9 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from dear_batch.errors import InputError
 from dear_batch.files.columns import Layout
@@ -45,9 +45,7 @@ class Pin:
             footer = _footer_sha256(file.path)
         except OSError as error:
             raise _unreadable(file.path, error) from error
-        return cls(
-            file.path, found.st_size, found.st_mtime_ns, footer, file.n_rows, file.layout
-        )
+        return cls(file.path, found.st_size, found.st_mtime_ns, footer, file.n_rows, file.layout)
 
 
 def _footer_sha256(path: str) -> str:
@@ -61,8 +59,7 @@ def _footer_sha256(path: str) -> str:
 class Hashes:
     """The sha256 of each input, computed in the order in which a job reads them.
 
-    A context manager; leaving it ends the thread. With no pins, as where a second stage runs
-    far from the inputs, it answers what the ledger holds.
+    A context manager; leaving it ends the thread.
     """
 
     def __init__(self, pins: Sequence[Pin], ledger: Ledger) -> None:
@@ -95,15 +92,16 @@ class Hashes:
     def of_source(self, numbers: Sequence[int]) -> str:
         """One hash for all inputs of a source."""
         found = [self.sha256(number) for number in numbers]
-        return found[0] if len(found) == 1 else _digest("".join(found).encode())
+        return joined(found)
 
-    def all(self) -> list[str]:
-        """The hash of each input, as each is now.
+    def check(self) -> None:
+        """See that no input changed since it was planned, each to its last byte.
 
         Raises:
-            InputError: an input changed since it was planned.
+            InputError: one did.
         """
-        return [self.sha256(number) for number in range(len(self._pins))]
+        for number in range(len(self._pins)):
+            self.sha256(number)
 
     def _hash(self, number: int) -> tuple[str, tuple[int, ...]]:
         """Hash an input, with its state before the first byte was read."""
@@ -114,7 +112,14 @@ class Hashes:
             raise changed(pin.path, "its size or time differs from the plan")
         shard, fields = f"{number:05d}", {"path": pin.path, "sha256": sha256}
         if (known := self._ledger.found("input", shard)) is None:
-            known = self._ledger.commit("input", shard, pin.footer_sha256, sha256, {}, fields)
+            known = self._ledger.commit(
+                "input",
+                shard,
+                fingerprint=pin.footer_sha256,
+                input_sha256=sha256,
+                files={},
+                counts=fields,
+            )
         if known.input_sha256 != sha256:
             raise changed(pin.path, "its sha256 differs from that of an earlier attempt")
         return sha256, state
@@ -168,19 +173,36 @@ def _state(path: str) -> tuple[int, ...]:
         found = Path(path).stat()
     except OSError as error:
         raise _unreadable(path, error) from error
-    return (
-        found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
-    )
+    return (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
 
 
 def _unreadable(path: str, error: OSError) -> InputError:
     return InputError(f"{path} cannot be read: {error.strerror}.", where=path)
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def joined(found: Sequence[str]) -> str:
+    """One hash for several."""
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
-def to_json(pins: Sequence[Pin]) -> list[dict[str, Any]]:
-    """JSON-able fields."""
-    return [asdict(pin) for pin in pins]
+def recorded(ledger: Ledger, number: int) -> str | None:
+    """The hash that an earlier attempt recorded for an input."""
+    commit = ledger.found("input", f"{number:05d}")
+    return commit.input_sha256 if commit else None
+
+
+def recorded_of_source(ledger: Ledger, numbers: Sequence[int]) -> str | None:
+    """One hash for all inputs of a source, where all are recorded."""
+    found = [sha256 for number in numbers if (sha256 := recorded(ledger, number))]
+    return joined(found) if len(found) == len(numbers) else None
+
+
+def check_pins(pins: Sequence[Pin]) -> None:
+    """See at a glance whether the inputs are as they were planned.
+
+    Raises:
+        InputError: one is gone, or its size or time differ.
+    """
+    for pin in pins:
+        if _state(pin.path)[:2] != (pin.bytes, pin.mtime_ns):
+            raise changed(pin.path, "its size or time differ from the plan")

@@ -5,9 +5,11 @@ link that never replaces, names them with size and hash. Knows nothing of what a
 """
 
 import json
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,9 +81,12 @@ class Ledger:
         path = self._path(stage, shard)
         found = _read(path)
         wanted = (stage, shard, fingerprint, input_sha256)
-        if found and wanted == (found.stage, found.shard, found.fingerprint, found.input_sha256):
-            if all(self._is_whole(part) for part in found.files.values()):
-                return found
+        if (
+            found
+            and wanted == (found.stage, found.shard, found.fingerprint, found.input_sha256)
+            and all(self._is_whole(part) for part in found.files.values())
+        ):
+            return found
         remove(path)
         return None
 
@@ -93,6 +98,7 @@ class Ledger:
         self,
         stage: str,
         shard: str,
+        *,
         fingerprint: str,
         input_sha256: str,
         files: Mapping[str, Path],
@@ -105,24 +111,17 @@ class Ledger:
         """
         parts = {kind: self._part(path) for kind, path in files.items()}
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        mine = Commit(
-            stage, shard, fingerprint, input_sha256, parts, counts, self.attempt, now
-        )
+        mine = Commit(stage, shard, fingerprint, input_sha256, parts, counts, self.attempt, now)
         path = self._path(stage, shard)
         for folder in (path.parent.parent, path.parent):
             make_folder(folder)
-        try:
-            with linking(path) as temporary:
-                temporary.write_text(json.dumps(asdict(mine)) + "\n", encoding="utf-8")
-        except FileExistsError:
-            return self._theirs(mine)
-        return mine
-
-    def _theirs(self, mine: Commit) -> Commit:
-        path = self._path(mine.stage, mine.shard)
-        for part in mine.files.values():
+        if self._link(path, mine):
+            return mine
+        theirs = self.kept(stage, shard, fingerprint, input_sha256)
+        if theirs is None and self._link(path, mine):  # it did not hold, and is gone
+            return mine
+        for part in parts.values():
             remove(self.path_of(part))
-        theirs = self.kept(mine.stage, mine.shard, mine.fingerprint, mine.input_sha256)
         if theirs is None:
             raise OutputError(
                 f"Another run commits to {self.folder} at the same time, and not the same.",
@@ -131,6 +130,14 @@ class Ledger:
                 next_step="stop the other run, then run the same command again",
             )
         return theirs
+
+    def _link(self, path: Path, commit: Commit) -> bool:
+        try:
+            with linking(path) as temporary:
+                temporary.write_text(json.dumps(asdict(commit)) + "\n", encoding="utf-8")
+        except FileExistsError:
+            return False
+        return True
 
     def orphans(self) -> Iterator[Path]:
         """Files in our folders that no commit names, and temporary files; the lock is held."""
@@ -171,6 +178,15 @@ class Ledger:
 
     def _path(self, stage: str, shard: str) -> Path:
         return self.folder / "commits" / stage / f"{shard}.json"
+
+
+def discard(path: Path) -> None:
+    """Remove an orphan; one that stays costs space, and nothing else."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def temporaries(folder: Path) -> Iterator[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 from dear_batch.data import Shard
 from dear_batch.errors import InputError, UsageError
 from dear_batch.files.parquet import InputFile, RowReader, open_input, qid_runs
+from dear_batch.files.places import Places
 from dear_batch.files.regroup import distinct_qids, regroup, repeated_qids
 from dear_batch.run.admission import can_be_scored
 from dear_batch.specs import JobSpec
@@ -30,16 +31,14 @@ Regroup = Callable[[int, Sequence[str]], Path]  # (number of the output, its fil
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input file as it is read, and what to call it to the user.
+    """An input file as it is read.
 
     `kept_rows`: for each qid that has several lists in the output, the row of the one to keep,
     or None where that lies in another file. `regrouped`: it was written by the job from
-    scattered rows, so its rows mean nothing to the user. `inputs` are the numbers of the
-    inputs that it was made from.
+    scattered rows. `inputs` are the numbers of the inputs that it was made from.
     """
 
     file: InputFile
-    name: str
     inputs: tuple[int, ...]
     regrouped: bool = False
     kept_rows: dict[str, int | None] = field(default_factory=dict)
@@ -65,6 +64,17 @@ class Plan:
 
     inputs: tuple[InputFile, ...]
     outputs: tuple[Output, ...]
+
+    @property
+    def shards(self) -> Iterator[tuple[Source, Shard]]:
+        """All shards of all outputs in order."""
+        for output in self.outputs:
+            for source, shards in zip(output.sources, output.shards, strict=True):
+                yield from ((source, shard) for shard in shards)
+
+    def places(self, source: Source) -> Places:
+        """Where the rows of a source stand in the user's files."""
+        return Places([self.inputs[i] for i in source.inputs])
 
 
 def open_inputs(spec: JobSpec) -> tuple[InputFile, ...]:
@@ -101,9 +111,8 @@ def plan_job(
         UsageError: `run_per_input` with two inputs of one name.
     """
     found = tuple(open_inputs(spec) if files is None else files)
-    groups = [(i,) for i in range(len(found))]
-    if not spec.output.run_per_input:
-        groups = [tuple(range(len(found)))]
+    together = [tuple(range(len(found)))]
+    groups = [(i,) for i in together[0]] if spec.output.run_per_input else together
     stems = [Path(file.path).stem for file in found] if spec.output.run_per_input else ["run"]
     if len(set(stems)) < len(stems):
         raise UsageError(
@@ -208,7 +217,6 @@ class _Planner:
         return tuple(
             Source(
                 file,
-                file.path,
                 (number,),
                 kept_rows={qid: row if at == i else None for qid, (at, row) in kept.items()},
             )
@@ -224,11 +232,9 @@ class _Planner:
             runs += sum(1 for qid, _, _ in qid_runs(file) if qid is not None)
             self._beat()
         if runs == distinct_qids(paths, beside=self._scratch / "qids", beat=self._beat):
-            return tuple(
-                Source(file, file.path, (i,)) for i, file in zip(group, files, strict=True)
-            )
+            return tuple(Source(file, (i,)) for i, file in zip(group, files, strict=True))
         made = open_input(self._regrouped(number, paths))
-        return (Source(made, ", ".join(paths), group, regrouped=True),)
+        return (Source(made, group, regrouped=True),)
 
 
 def _first_that_can_be_scored(
@@ -315,7 +321,6 @@ def _output_from_json(
         inputs = tuple(item["inputs"])
         paths = [files[i].path for i in inputs]
         file = open_input(regrouped(number, paths)) if item["regrouped"] else files[inputs[0]]
-        name = ", ".join(paths)
-        sources.append(Source(file, name, inputs, item["regrouped"], item["kept_rows"]))
+        sources.append(Source(file, inputs, item["regrouped"], item["kept_rows"]))
         shards.append(tuple(Shard(path=file.path, **shard) for shard in item["shards"]))
     return Output(fields["stem"], tuple(sources), tuple(shards))
