@@ -1,6 +1,6 @@
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.data import Window
 from dear_batch.errors import ConfigurationError, TryAgainError, UsageError
+from dear_batch.listwise.decoding import Row
 from dear_batch.listwise.model import LanguageModel
 from dear_batch.listwise.preflight import check_listwise
 from dear_batch.listwise.prompts import BUILT_IN
@@ -323,5 +324,17 @@ def test_windows_do_not_depend_on_the_calls_before(
     """What one call learned would change the guesses of the next, and with them low bits."""
     requests = [request_of(tuple(text[:60] for text in texts), n) for n in (5, 9, 7)]
     fresh, used = (ListwiseRanker.open(listwise, SPEC, "cpu") for _ in range(2))
-    used.rank([request_of(texts, 12, query="another one")])
+    speller = used._speller
+    for segment in list(speller._learned):  # as if the last answer had had odd spellings
+        speller.learn(segment, speller.vocabulary.ids[:3])
+    feeds: list[list[int]] = []
+    for ranker in (fresh, used):
+        decode = ranker._decoder.decode
+
+        def noting(rows: Sequence[Row], decode: Callable[..., None] = decode) -> None:
+            feeds.extend(list(row.turn.feed) for row in rows)
+            decode(rows)
+
+        ranker._decoder.decode = noting
     assert used.rank(requests) == fresh.rank(requests)
+    assert feeds[:3] == feeds[3:]
