@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 pytest.importorskip("torch", reason="the other engine")
 
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import TryAgainError
 from dear_batch.pointwise.recipe import EncodedPair, PairEncoder
@@ -168,3 +171,31 @@ def test_a_real_shortage(bundle: Make, engine: EngineName) -> None:
     pairs = pairs_of(folder, queries=12)
     expected_N = score_pairs(open_scorer(open_bundle(folder), engine=engine), pairs)
     np.testing.assert_allclose(scores, expected_N, atol=1e-4, rtol=0)
+
+
+def full_onnx(*_: object, **_settings: object) -> None:
+    raise Fail("1 : FAIL : Failed to allocate memory for requested buffer of size 8")
+
+
+def full_torch(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 bytes.")
+
+
+@pytest.mark.parametrize(
+    ("engine", "place", "full"),
+    [
+        ("onnxruntime", "dear_batch.pointwise.onnx_scorer.ort.InferenceSession", full_onnx),
+        ("torch", "dear_batch.pointwise.torch_scorer.model_from_bundle", full_torch),
+    ],
+)
+def test_a_model_that_finds_no_memory_is_worth_another_try(
+    bundle: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: EngineName,
+    place: str,
+    full: Callable[..., None],
+) -> None:
+    monkeypatch.setattr(place, full)
+    with pytest.raises(TryAgainError, match="not enough memory to load") as caught:
+        open_scorer(open_bundle(bundle("llama31")), engine=engine)
+    assert "allocate" in caught.value.where
