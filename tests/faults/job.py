@@ -51,7 +51,7 @@ def forked(action: Callable[[], Any]) -> int:
         action()
         sys.stdout.flush()
         os._exit(0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the end of a process
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(BUG)

@@ -103,7 +103,7 @@ def main() -> None:
         chance = random.Random(20261123)
         for number in range(amount):
             kills.moment(number, chance.uniform(0, 1.1 * kills.seconds))
-    print(kills.result())
+    sys.stdout.write(kills.result())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ def kills(settings_file: Path, folder: Path, how: str, amount: int) -> dict[str,
     )
     assert found.returncode == 0, found.stderr
     result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
-    print(result)
     return result
 
 
