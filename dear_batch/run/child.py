@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
@@ -116,17 +117,16 @@ class Child:
             if stream:
                 stream.close()
         if self._process.stdin:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # what it did not read any more
+                self._process.stdin.close()
 
     def _ask(self) -> None:
         """Send the request; stdin stays open, its end would be our death."""
         line = json.dumps({"parent": os.getpid(), **self._request}).encode() + b"\n"
         if self._process.stdin:
-            try:
+            with suppress(BrokenPipeError):  # it died, as its status will show
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
-            except BrokenPipeError:
-                pass  # it died, as its status will show
 
     def result(self, advance: Advance | None = None) -> Any:
         """What the work returned.
@@ -294,8 +294,7 @@ def _result_of(final: Mapping[str, Any]) -> Any:
     log("bug", level="error", what=final["what"], traceback=final["traceback"])
     raise DearBatchError(
         f"This is a bug in dear-batch: {redact(final['what'])}",
-        next_step="report it with the log, which is on stderr where that is no terminal: "
-        "run it again with 2> dear-batch.log",
+        next_step="report it with the log; 2> dear-batch.log keeps one",
     )
 
 

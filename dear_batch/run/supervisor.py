@@ -4,6 +4,7 @@ A job goes on from its commits. A shard in which its process dies twice is searc
 items that kill it, in processes of their own. Nothing that could crash is imported here.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ SEARCHABLE = ("pointwise", "listwise")  # stages whose items a probe can work th
 SHOWN_WORDS = 8  # last lines of stderr in an error; the log has them all
 SHOWN_CHARACTERS = 200  # of each
 OUT_OF_MEMORY = "SIGKILL from nobody is mostly the kernel short of memory: see `journalctl -k`"
+_STACK = re.compile(r" *File |Thread 0x|Current thread|Extension modules|  <no Python frame>")
 
 Stages = Literal["all", "pointwise", "listwise"]
 
@@ -133,12 +135,12 @@ class _Supervisor:
 
 def _log_death(death: ChildDiedError, times: int) -> None:
     hint = {"hint": OUT_OF_MEMORY} if death.how == "SIGKILL" else {}
-    where, last_words = str(death.place), list(death.last_words)
-    log("died", "error", by=death.how, where=where, times=times, stderr=last_words, **hint)
+    log("died", "error", by=death.how, where=str(death.place), times=times, **hint)
 
 
 def _gave_up(what: str, death: ChildDiedError) -> TryAgainError:
-    words = [word[:SHOWN_CHARACTERS] for word in death.last_words[-SHOWN_WORDS:]]
+    words = [word for word in death.last_words if not _STACK.match(word)][-SHOWN_WORDS:]
+    words = [word[:SHOWN_CHARACTERS] for word in words]
     said = "; it said nothing on stderr" if not words else "; it said last:"
     hint = f"; {OUT_OF_MEMORY}" if death.how == "SIGKILL" else ""
     return TryAgainError(
