@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from dear_batch.errors import DearBatchError
+
 MARK = "[redacted]"
 SHORTEST_SECRET = 8  # characters of an environment variable's value; "true" is no secret
 LONGEST_SHOWN = 300  # characters of a field on a terminal
@@ -49,6 +51,21 @@ def log(event: str, /, level: str = "info", **fields: object) -> None:
     line |= {name: value for name, value in fields.items() if name not in line}
     line = redact(line)
     _write(sys.stderr, _short(line) if _is_terminal(sys.stderr) else json_line(line))
+
+
+def log_error(error: DearBatchError) -> None:
+    """Write the error with which a command ends, all its parts."""
+    if _is_terminal(sys.stderr):
+        lines = f"error: {redact(str(error))}".splitlines()
+        _write(sys.stderr, "\n".join(map(_printable, lines)))
+    else:
+        log("error", "error", exit_code=error.exit_code, **error_parts(error))
+
+
+def error_parts(error: DearBatchError) -> dict[str, str]:
+    """An error as fields of a log, a report or an outcome."""
+    parts = ("what", error.what), ("where", error.where), ("valid", error.valid)
+    return {name: redact(text) for name, text in (*parts, ("next", error.next_step))}
 
 
 def outcome(fields: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dear_batch.log import MARK, json_line, log, outcome, redact
+from dear_batch.errors import InputError
+from dear_batch.log import MARK, json_line, log, log_error, outcome, redact
 
 SECRETS = {
     "https://ann:s3cr3t-pass@hub.example/x": "s3cr3t-pass",
@@ -134,6 +135,23 @@ def test_a_line_of_json_without_a_terminal(capsys: pytest.CaptureFixture[str]) -
     assert (lines[2]["token"], lines[2]["traceback"]) == (MARK, f"password={MARK}")
 
 
+def test_an_error_without_a_terminal_is_a_line_with_all_its_parts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log_error(InputError("a token=abc", where="b", valid="c", next_step="d"))
+    line = json.loads(capsys.readouterr().err)
+    del line["time"]
+    assert line == {
+        "level": "error",
+        "event": "error",
+        "exit_code": 65,
+        "what": f"a token={MARK}",
+        "where": "b",
+        "valid": "c",
+        "next": "d",
+    }
+
+
 def test_the_outcome_is_one_redacted_line(capsys: pytest.CaptureFixture[str]) -> None:
     outcome({"error": "no https://a:b@c/ü", "n": [float("inf")]})
     out = capsys.readouterr().out
@@ -189,10 +207,15 @@ def test_people_on_a_terminal_see_short_lines_without_secrets() -> None:
 from dear_batch.log import log
 log("died", "warning", by="SIGSEGV", stderr=["many", "lines"], traceback="a\\nb", long="x" * 400)
 log("stderr", line="\\x1b[2Jcleared? token=abc")
+from dear_batch.log import log_error
+from dear_batch.errors import InputError
+log_error(InputError("no \\x1b[2J", where="token=abc"))
 """)
     assert shown.splitlines() == [
         "warning: died by=SIGSEGV",
         f"\\x1b[2Jcleared? token={MARK}",
+        "error: no \\x1b[2J",
+        f"  where: token={MARK}",
     ]
 
 

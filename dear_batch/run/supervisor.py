@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dear_batch.errors import TryAgainError
+from dear_batch.errors import DearBatchError, TryAgainError
 from dear_batch.log import log
 from dear_batch.run.child import Advance, Child, ChildDiedError, Place
 from dear_batch.run.interrupts import Interrupts
@@ -45,9 +45,15 @@ def supervise(
         TryAgainError: nothing moved, or the child kept dying.
         DearBatchError: the job's own error; of this very class where it is a bug.
     """
-    with Interrupts() as interrupts:
-        report = _Supervisor(spec, stage, interrupts, restart=restart).report(advance)
-    return Outcome(report, int(report.get("exit_code", 0)))
+    try:
+        with Interrupts() as interrupts:
+            report = _Supervisor(spec, stage, interrupts, restart=restart).report(advance)
+    except DearBatchError as error:
+        log("ended", exit_code=error.exit_code)
+        raise
+    outcome = Outcome(report, int(report.get("exit_code", 0)))
+    log("ended", exit_code=outcome.exit_code)
+    return outcome
 
 
 class _Supervisor:

@@ -4,8 +4,10 @@ import signal
 import sys
 
 from dear_batch.errors import DearBatchError
-from dear_batch.log import log, outcome
+from dear_batch.log import error_parts, log_error, outcome
 from dear_batch.run.supervisor import supervise
+from dear_batch.run.watch import StoppedError
+from dear_batch.show import progress
 from dear_batch.specs import ExecutionSpec, InputSpec, JobSpec, OutputSpec, PointwiseSpec
 
 
@@ -23,10 +25,12 @@ def main() -> None:
     if "nohup" in sys.argv:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        ended = supervise(spec_of(sys.argv[1]))
+        with progress("queries") as advance:
+            ended = supervise(spec_of(sys.argv[1]), advance=advance)
     except DearBatchError as error:
-        log("error", "error", what=error.what)
-        outcome({"status": "failed", "exit_code": error.exit_code, "error": error.what})
+        log_error(error)
+        status = "stopped" if isinstance(error, StoppedError) else "failed"
+        outcome({"status": status, "exit_code": error.exit_code, "error": error_parts(error)})
         sys.exit(error.exit_code)
     outcome({"output": sys.argv[1], **ended.report})
     sys.exit(ended.exit_code)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -441,7 +442,9 @@ def test_sigterm_stops_a_job_in_every_phase(start: Callable[..., Parent], steps:
     parent.process.terminate()
     code, outcome, lines = parent.end()
     assert (code, outcome["exit_code"]) == (75, 75)
-    assert "stopped" in outcome["error"]
+    assert outcome["status"] == "stopped"
+    assert "stopped" in outcome["error"]["what"]
+    assert lines[-1]["next"] == "run the same command again: it goes on from there"
     assert [line["signal"] for line in lines if line["event"] == "stopping"] == ["SIGTERM"]
     assert not [line for line in lines if line["event"] in {"killing", "died", "restarting"}]
     assert not lives(child)
@@ -608,6 +611,23 @@ def test_a_worker_whose_parent_is_another_does_nothing(environment: Path) -> Non
         done = subprocess.run(command, input=sent, text=True, capture_output=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
     assert facts(environment, "starts") == []
+
+
+def test_a_terminal_that_is_gone_is_no_reason_to_fail(
+    environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [["advance", 5], ["be_ready"], ["work", 1], ["advance", 9]]
+    monkeypatch.setenv("FAKE_JOB", json.dumps(steps))
+    ours, theirs = pty.openpty()
+    script = str(ROOT / "tests" / "run" / "fake_parent.py")
+    command = [sys.executable, script, str(environment)]
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.PIPE) as parent:
+        os.close(theirs)
+        wait_for((environment / "ready").exists)
+        os.close(ours)
+        assert parent.stdout
+        assert json.loads(parent.stdout.read())["status"] == "ok"
+    assert parent.returncode == 0
 
 
 def test_nobody_reading_is_no_reason_to_fail(
