@@ -77,6 +77,8 @@ def die(how: str) -> None:
         os.abort()
     if how == "exit":
         os._exit(7)
+    if how == "SIGTERM":  # as it was before the worker listened to it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.Signals[how])
     time.sleep(60)
 

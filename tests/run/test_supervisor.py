@@ -183,7 +183,7 @@ def test_modules_beside_the_job_are_not_imported(
 ) -> None:
     place = tmp_path / "elsewhere"
     place.mkdir()
-    (place / "json.py").write_text("raise SystemExit('hijacked')")
+    (place / "resource.py").write_text("raise SystemExit('hijacked')")
     monkeypatch.chdir(place)
     assert run().exit_code == 0
 
@@ -559,6 +559,14 @@ def test_a_signal_to_the_child_alone_stops_the_job(start: Callable[..., Parent])
     os.kill(parent.child(), signal.SIGTERM)
     code, outcome, _ = parent.end()
     assert (code, outcome["exit_code"]) == (75, 75)
+
+
+def test_a_signal_to_a_child_that_does_not_listen_yet_stops_the_job(
+    run: Run, environment: Path
+) -> None:
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run(["die", "SIGTERM", 9])
+    assert len(facts(environment, "starts")) == 1
 
 
 def test_signals_are_the_callers_again_afterwards(run: Run) -> None:
