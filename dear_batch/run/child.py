@@ -143,6 +143,11 @@ class Child:
             return _result_of(self._final)
         raise self._cause_of_death()
 
+    @property
+    def told(self) -> bool:
+        """Whether it said itself how it ended."""
+        return self._final is not None
+
     def _turn(self) -> None:
         self._listen(TICK_S)
         now = time.monotonic()

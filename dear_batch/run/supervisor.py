@@ -6,7 +6,7 @@ items that kill it, in processes of their own. Nothing that could crash is impor
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ OUT_OF_MEMORY = "SIGKILL from nobody is mostly the kernel short of memory: see `
 _STACK = re.compile(r" *File |Thread 0x|Current thread|Extension modules|  <no Python frame>")
 
 Stages = Literal["all", "pointwise", "listwise"]
+OnLoss = Callable[[DearBatchError, str], None]  # (error, phase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +37,37 @@ class Outcome:
 
 
 def supervise(
-    spec: JobSpec, *, stage: Stages = "all", restart: bool = False, advance: Advance | None = None
+    spec: JobSpec,
+    *,
+    stage: Stages = "all",
+    restart: bool = False,
+    advance: Advance | None = None,
+    on_loss: OnLoss | None = None,
 ) -> Outcome:
     """Run a job in a child process; to be called by the main thread, which gets the signals.
+
+    Args:
+        spec: the job.
+        stage: as `run_job`.
+        restart: as `run_job`.
+        advance: shows progress.
+        on_loss: reports the error of a job whose process began and died, was killed or hung,
+            and so could not report it itself; it gets the phase as well.
 
     Raises:
         StoppedError: SIGTERM, SIGINT or SIGHUP came.
         TryAgainError: nothing moved, or the child kept dying.
         DearBatchError: the job's own error; of this very class where it is a bug.
     """
-    try:
-        with Interrupts() as interrupts:
-            report = _Supervisor(spec, stage, interrupts, restart=restart).report(advance)
-    except DearBatchError as error:
-        log("ended", exit_code=error.exit_code)
-        raise
+    with Interrupts() as interrupts:
+        job = _Supervisor(spec, stage, interrupts, restart=restart)
+        try:
+            report = job.report(advance)
+        except DearBatchError as error:
+            if job.lost and on_loss:
+                on_loss(error, job.lost.phase)
+            log("ended", exit_code=error.exit_code)
+            raise
     outcome = Outcome(report, int(report.get("exit_code", 0)))
     log("ended", exit_code=outcome.exit_code)
     return outcome
@@ -64,6 +81,7 @@ class _Supervisor:
         self._stage = stage
         self._interrupts = interrupts
         self._restart = restart
+        self.lost: Place | None = None  # where the last process did not tell its own end
         self._deaths = Counter[Place]()
         self._poison = dict[str, list[int]]()
 
@@ -86,7 +104,11 @@ class _Supervisor:
         self._interrupts.check()
         stall_s = self._spec.execution.stall_timeout_s
         with Child(whole, place, self._interrupts, stall_s) as child:
-            return child.result(advance)
+            try:
+                return child.result(advance)
+            finally:
+                if kind == "job":
+                    self.lost = None if child.told else child.place
 
     def _after(self, death: ChildDiedError) -> None:
         """Prepare another start, or give up."""
@@ -114,7 +136,7 @@ class _Supervisor:
         place = death.place
         try:
             return find_poison(
-                self._probe(place, 0, 0), lambda first, end: self._kills(place, first, end)
+                self._probe(place, 0, None), lambda first, end: self._kills(place, first, end)
             )
         except ChildDiedError as another:  # without any item, so none is to blame
             _log_death(another, self._deaths[place])
@@ -132,8 +154,8 @@ class _Supervisor:
         log("probed", where=str(place), first=first, end=end, died=None)
         return False
 
-    def _probe(self, place: Place, first: int, end: int) -> int:
-        """Work through a range of a shard's items; how many it has in all."""
+    def _probe(self, place: Place, first: int, end: int | None) -> int:
+        """Work through a range of a shard's items, none without an end; how many it has in all."""
         fields = {"stage": place.stage, "shard": place.shard, "first": first, "end": end}
         items: int = self._run({"probe": fields}, place)
         return items

@@ -198,7 +198,7 @@ def _run_job(request: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
 
 
 def _probe(request: Mapping[str, Any], watch: Watch) -> int:
-    from dear_batch.run.local import probe
+    from dear_batch.run.probe import probe
 
     # It is expected to crash, dozens of times: no memory image of each.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

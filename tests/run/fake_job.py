@@ -1,4 +1,4 @@
-"""What a worker runs in place of `dear_batch.run.local`: faults on demand.
+"""What a worker runs in place of `dear_batch.run.local` and `probe`: faults on demand.
 
 `fake_job.install(folder)` writes a `sitecustomize.py` that puts this module in its place in
 every Python that finds the folder on PYTHONPATH. A job is a list of steps, in FAKE_JOB as
@@ -30,7 +30,9 @@ def install(folder: Path) -> None:
     (folder / "sitecustomize.py").write_text(
         "import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('dear_batch.run.local', {__file__!r})\n"
-        "sys.modules['dear_batch.run.local'] = module = importlib.util.module_from_spec(spec)\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "for name in ('local', 'probe'):\n"
+        "    sys.modules[f'dear_batch.run.{name}'] = module\n"
         "spec.loader.exec_module(module)\n",
         encoding="utf-8",
     )
@@ -53,14 +55,16 @@ def run_job(
     return {"status": "ok", "stage": stage, "depth": spec.pointwise.depth, "exit_code": 0}
 
 
-def probe(spec: JobSpec, *, stage: str, shard: str, first: int, end: int, watch: Watch) -> int:
+def probe(
+    spec: JobSpec, *, stage: str, shard: str, first: int, end: int | None, watch: Watch
+) -> int:
     folder = Path(spec.output.folder)
     _note(folder, "probes", {"stage": stage, "shard": shard, "first": first, "end": end})
     job = Job(folder, watch, {})
     for name, *arguments in json.loads(os.environ.get("FAKE_PROBE", "[]")):
         getattr(job, name)(*arguments)
     for deadly in json.loads(os.environ.get("FAKE_POISON", "{}")).get(f"{stage}/{shard}", []):
-        if first <= deadly < end:
+        if end is not None and first <= deadly < end:
             die("SIGSEGV")
     return ITEMS
 

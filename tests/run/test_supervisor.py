@@ -226,6 +226,46 @@ def test_a_second_death_outside_the_shards_is_the_end(
     assert facts(environment, "probes") == []
 
 
+Losses = list[tuple[str, str]]
+
+
+@pytest.fixture
+def losses(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Losses]:
+    """The errors and phases that the supervisor has to report for the job that fails."""
+
+    def found(*steps: Any, **options: Any) -> Losses:
+        monkeypatch.setattr(child, "DUMP_S", 0.2)
+        seen: Losses = []
+        with pytest.raises(DearBatchError):
+            run(*steps, **options, on_loss=lambda error, phase: seen.append((error.what, phase)))
+        return seen
+
+    return found
+
+
+@pytest.mark.parametrize("steps", [[["die", "exit", 9]], [["hold_the_gil"]]])
+def test_the_end_of_a_job_that_cannot_tell_is_reported_for_it(
+    losses: Callable[..., Losses], steps: Any
+) -> None:
+    ((what, phase),) = losses(["phase", "load"], *steps, stall_timeout_s=2)
+    assert what.startswith(("The process of the job keeps dying", "Nothing moved"))
+    assert phase == "load"
+
+
+def test_the_end_of_a_job_that_died_and_whose_search_failed_is_reported_for_it(
+    losses: Callable[..., Losses],
+) -> None:
+    steps = [["phase", "pointwise"], ["enter", "pointwise", "a"], ["die", "SIGKILL", 9]]
+    assert losses(*steps, probe=[["fail", "no"]]) == [("no", "pointwise")]
+
+
+@pytest.mark.parametrize("step", [["fail", "what"], ["crash", "what"]])
+def test_what_a_job_tells_itself_is_not_reported_again(
+    losses: Callable[..., Losses], step: Any
+) -> None:
+    assert losses(["phase", "load"], step) == []
+
+
 def test_what_a_restart_committed_is_not_discarded_by_the_next_start(
     run: Run, environment: Path
 ) -> None:
