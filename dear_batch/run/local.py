@@ -56,6 +56,7 @@ def run_job(
     stage: Stages = "all",
     restart: bool = False,
     poison: Poison | None = None,
+    careful: bool = False,
 ) -> Fields:
     """Rerank all inputs of a spec and publish the output folder; returns the report.
 
@@ -63,6 +64,7 @@ def run_job(
     begins with those that lie in the folder. `restart` forgets what an earlier run, of this
     job or another one, left in the folder. `poison` names what kills the process, by
     "<stage>/<shard>": ordinals of scored candidates (pointwise) or of lists (listwise).
+    A `careful` run, after the process died of something, reads no shard before its turn.
 
     Raises:
         InputError, OutputError, TryAgainError, TrustError, ConfigurationError, UsageError:
@@ -76,7 +78,7 @@ def run_job(
     folder = Path(spec.output.folder)
     check_folder(folder)
     with locked(folder):
-        job = Job(spec, watch or Watch(), stage, poison or {})
+        job = Job(spec, watch or Watch(), stage, poison or {}, careful)
         try:
             return job.run(restart=restart)
         except Exception as error:
@@ -92,6 +94,7 @@ class Job:
     watch: Watch
     stage: Stages
     poison: Poison
+    careful: bool
     clock: Stopwatch = field(default_factory=Stopwatch)
     phase: str = "check"
 
@@ -202,6 +205,7 @@ class Job:
                 fields["fingerprints"][pointwise.STAGE],
                 self.watch,
                 self.poison,
+                self.careful,
             )
             new = {commit.shard: commit for commit in stage.run(todo, done, total)}
             hashes.check()
