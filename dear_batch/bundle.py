@@ -6,22 +6,32 @@
     model.safetensors …                           listwise
 
 A bundle is trusted file by file: nothing is loaded that the manifest does not name with its
-hash, and the folder holds nothing else, since transformers takes what it finds there. Knows
-nothing of engines or of how a bundle is made.
+hash, and the folder holds nothing else, since transformers takes what it finds there. Native
+libraries open files by their paths, so what was checked is compared with what lies there once
+they have. Knows nothing of engines or of how a bundle is made.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
 
+from dear_batch import trust
 from dear_batch.errors import ConfigurationError, TrustError
+from dear_batch.manifest_fields import misfit
 from dear_batch.pointwise.recipe import Recipe
+from dear_batch.verified import FileState, Hashes, opened_file, opened_folder
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
+MAX_MANIFEST_BYTES = 16 << 20
+GRAPHS = "onnx"  # a graph may name any file beside it as its weights
 Task = Literal["pointwise", "listwise"]
 
 
@@ -84,11 +94,12 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle whose files were checked against its manifest."""
+    """An opened bundle. `opened` is what its files and folders were when they were checked."""
 
     folder: Path
     manifest: Manifest
     sha256: str
+    opened: Mapping[str, FileState] = field(default_factory=dict)
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists.
@@ -99,6 +110,30 @@ class Bundle:
         if name not in self.manifest.files:
             raise _changed(self.folder, name, "the manifest does not list it")
         return self.folder / name
+
+    def check_unchanged(self) -> None:
+        """Find out whether what a native library has read is what was checked.
+
+        Raises:
+            TrustError: a file or folder was written to or replaced since, or never checked.
+        """
+        for name in (MANIFEST, *self.manifest.files, *self.opened):
+            found = self._found(name)
+            if found is None or found != self.opened.get(name):
+                raise TrustError(
+                    f"The bundle {self.folder} was changed while it was being loaded.",
+                    where=f"{name} is no longer what was checked",
+                    valid="a bundle that nobody writes to",
+                    next_step="run the job again; export a new version to a path of its own",
+                )
+
+    def _found(self, name: str) -> FileState | None:
+        """What lies there now; a link is not followed."""
+        try:
+            with opened_folder(self.folder) as top:
+                return FileState.of(os.stat(name, dir_fd=top, follow_symlinks=False))
+        except OSError:
+            return None
 
     @property
     def recipe(self) -> Recipe:
@@ -135,78 +170,145 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def open_bundle(folder: str | Path, *, task: Task | None = None, verify: bool = True) -> Bundle:
+def open_bundle(
+    folder: str | Path,
+    task: Task | None = None,
+    *,
+    verify: bool = True,
+    paranoid: bool = False,
+) -> Bundle:
     """Read a bundle and check every file against the manifest.
 
-    `verify=False` reads the manifest only, for showing it; nothing may be loaded from it.
+    Args:
+        folder: where it lies.
+        task: what it is to be used for.
+        verify: False reads the manifest only, for showing it; nothing may be loaded from it.
+        paranoid: hash files that were hashed before and have not changed since, too.
 
     Raises:
         ConfigurationError: no bundle there, one of another schema version, or not of `task`.
-        TrustError: a file is missing, changed, linked, or not in the manifest.
+        TrustError: a file is missing, changed, linked, or not in the manifest, or it could run
+            code or read other files when it is loaded.
     """
     folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(folder / MANIFEST):
         raise ConfigurationError(
             f"{folder} is not a bundle: it has no {MANIFEST}.",
             valid="a folder that `dear-batch export` wrote",
             next_step="dear-batch export --help",
         )
-    raw = path.read_bytes()
-    manifest = _parse(path, raw)
-    if task and manifest.task != task:
-        raise ConfigurationError(
-            f"The bundle {folder} is a {manifest.task} model, given as the {task} one.",
-            valid=f"a {task} bundle",
-            next_step=f"dear-batch inspect {folder}",
-        )
-    if verify:
-        _verify(folder, manifest)
-    return Bundle(folder, manifest, hashlib.sha256(raw).hexdigest())
+    with _unreadable(folder, "."), opened_folder(folder) as top:
+        raw, state = _read_manifest(folder, top)
+        manifest = _parse(folder / MANIFEST, raw)
+        if task and manifest.task != task:
+            raise ConfigurationError(
+                f"The bundle {folder} is a {manifest.task} model, given as the {task} one.",
+                valid=f"a {task} bundle",
+                next_step=f"dear-batch inspect {folder}",
+            )
+        opened = {MANIFEST: state} if verify else {}
+        if verify:
+            opened |= _check_nothing_else(folder, top, manifest)
+            opened |= _check_files(folder, top, manifest, Hashes.load(paranoid=paranoid))
+    return Bundle(folder, manifest, hashlib.sha256(raw).hexdigest(), opened)
+
+
+def _read_manifest(folder: Path, top: int) -> tuple[bytes, FileState]:
+    with _regular(folder, top, MANIFEST) as (file, state):
+        if state.bytes > MAX_MANIFEST_BYTES:
+            raise _unreadable_manifest(folder / MANIFEST, f"{state.bytes} bytes")
+        return file.read(MAX_MANIFEST_BYTES), state
 
 
 def _parse(path: Path, raw: bytes) -> Manifest:
     try:
-        fields = json.loads(raw)
+        fields = trust.read_json(raw)
         version = fields["schema_version"]
-        if version == SCHEMA_VERSION:
-            return Manifest.from_json(fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrustError(
-            f"The manifest {path} cannot be read: {error!r}.", next_step="export the bundle again"
-        ) from error
-    raise ConfigurationError(
-        f"The bundle {path.parent} has schema version {version}.",
-        valid=f"schema version {SCHEMA_VERSION}",
-        next_step="export the bundle again with this version of dear-batch",
+        why = misfit(fields) if version == SCHEMA_VERSION else None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _unreadable_manifest(path, repr(error)) from error
+    if version != SCHEMA_VERSION:
+        raise ConfigurationError(
+            f"The bundle {path.parent} has schema version {version}.",
+            valid=f"schema version {SCHEMA_VERSION}",
+            next_step="export the bundle again with this version of dear-batch",
+        )
+    if why is not None:
+        raise _unreadable_manifest(path, why.removeprefix("."))
+    return Manifest.from_json(fields)
+
+
+def _unreadable_manifest(path: Path, why: str) -> TrustError:
+    return TrustError(
+        f"The manifest {path} cannot be read.",
+        where=why,
+        valid=f"a {MANIFEST} as `dear-batch export` writes it",
+        next_step="export the bundle again",
     )
 
 
-def _verify(folder: Path, manifest: Manifest) -> None:
+def _check_nothing_else(folder: Path, top: int, manifest: Manifest) -> dict[str, FileState]:
+    """Refuse what transformers or a graph could load though the manifest does not list it.
+
+    Returns the states of the folders: a file that is put there later changes them.
+    """
+    listed = {MANIFEST, *manifest.files}
+    folders = {str(above) for name in listed for above in PurePosixPath(name).parents}
+    states = {}
+    for name in sorted(folders):
+        with _unreadable(folder, name), opened_folder(name, top) as opened:
+            states[name] = FileState.of(os.fstat(opened))
+            with os.scandir(opened) as found:
+                entries = sorted(entry.name for entry in found)
+        for entry in entries:
+            path = (PurePosixPath(name) / entry).as_posix()
+            # transformers loads no hidden files, and a desktop leaves some.
+            hidden = entry.startswith(".") and path.split("/")[0] != GRAPHS
+            if path not in listed | folders and not hidden:
+                raise _changed(
+                    folder, path, "the manifest does not list it", f"rm -r {folder / path}; or "
+                )
+    return states
+
+
+def _check_files(
+    folder: Path, top: int, manifest: Manifest, hashes: Hashes
+) -> dict[str, FileState]:
+    """Check each file on its descriptor, so that no path can lead elsewhere meanwhile."""
+    states = {}
     for name, record in manifest.files.items():
-        path = folder / name
-        if path.resolve() != folder.resolve() / name or not path.is_file():
-            raise _changed(folder, name, "it is missing or not a regular file")
-        if path.stat().st_size != record.bytes:
-            raise _changed(folder, name, f"{path.stat().st_size} bytes, not {record.bytes}")
-        if hash_file(path).sha256 != record.sha256:
-            raise _changed(folder, name, "its sha256 differs")
-    for path in sorted(folder.rglob("*")):
-        _check_listed(folder, path, manifest)
+        trust.check_suffix(folder / name)
+        with _regular(folder, top, name) as (file, states[name]):
+            if states[name].bytes != record.bytes:
+                raise _changed(folder, name, f"{states[name].bytes} bytes, not {record.bytes}")
+            if not hashes.matches(file, states[name], record.sha256):
+                raise _changed(folder, name, "its sha256 differs")
+            trust.check_contents(folder / name, file, manifest.files, name)
+            if FileState.of(os.fstat(file.fileno())) != states[name]:
+                raise _changed(folder, name, "it was written to while it was read")
+    hashes.save()
+    return states
 
 
-def _check_listed(folder: Path, path: Path, manifest: Manifest) -> None:
-    """Refuse what transformers or a graph could load though the manifest does not list it."""
-    name = path.relative_to(folder)
-    if path.is_dir() and not path.is_symlink():
-        return
-    # A graph may name any file beside it as its weights; transformers loads no hidden files.
-    beside_graphs = name.parts[0] == "onnx"
-    is_hidden = any(part.startswith(".") for part in name.parts)
-    if name.as_posix() not in {MANIFEST, *manifest.files} and (beside_graphs or not is_hidden):
-        raise _changed(folder, name.as_posix(), "the manifest does not list it", f"rm {path}; or ")
-    if beside_graphs and path.stat().st_nlink > 1:
-        raise _changed(folder, name.as_posix(), "it is a hard link")
+@contextmanager
+def _regular(folder: Path, top: int, name: str) -> Iterator[tuple[BufferedReader, FileState]]:
+    """A file of the bundle, opened: no link anywhere on the way, and of one name only."""
+    with _unreadable(folder, name), opened_file(top, name) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise _changed(folder, name, "it is not a regular file")
+        if found.st_nlink > 1:  # it could be written to through its other name
+            raise _changed(folder, name, "it is a hard link")
+        yield file, FileState.of(found)
+
+
+@contextmanager
+def _unreadable(folder: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"it is missing, a link, or cannot be read: {error.strerror}"
+        raise _changed(folder, name, why) from error
 
 
 def _changed(folder: Path, name: str, why: str, first: str = "") -> TrustError:

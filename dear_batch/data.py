@@ -5,6 +5,7 @@
 on the way is a `Refusal`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,27 +40,35 @@ class Candidate:
 class CandidateList:
     """A query and its candidates in first-stage order, as read: nothing is checked yet.
 
-    `row` is the row of the file at which the list begins.
+    `row` is the row of the file at which the list begins. `places` has, where candidates have
+    rows of their own, the place of each in the user's files (see `files.places`).
     """
 
     qid: str | None
     query: str | None
     candidates: tuple[Candidate, ...]
     row: int
+    places: Sequence[int] = ()
+
+    def place(self, first_rank: int = 1) -> int:
+        """Where the candidate of that rank (from 1) stands; the first stands for the list."""
+        return self.places[first_rank - 1] if self.places else self.row
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A query (`docid` None) or a candidate set aside, with its reason and source position.
 
-    `row` is None where the input was regrouped first, so that rows have no place of their
-    own. `candidates` is how many candidates left the job with it.
+    `row_group` and `row` count from 0, `row` from the start of the user's own file: the row of
+    the list, or of that very candidate where candidates have rows of their own. `candidates`
+    is how many candidates left the job with it.
     """
 
     reason: str
     detail: str
     path: str
-    row: int | None
+    row_group: int
+    row: int
     qid: str | None
     docid: str | None
     candidates: int

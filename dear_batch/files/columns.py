@@ -7,6 +7,7 @@ it is handed schemas and record batches.
 """
 
 import difflib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -29,6 +30,8 @@ FLAT_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("qid", "query", "docid", "title", "text")]
     + [("score", pa.float64())]
 )
+# Where a row stands in the user's files; only files that the job regrouped have it.
+PLACE: "pa.Field[Any]" = pa.field("place", pa.int64())
 _CANDIDATE_FIELDS = tuple(FLAT_SCHEMA.field(name) for name in ("docid", "title", "text", "score"))
 NESTED_SCHEMA = pa.schema(
     [
@@ -161,9 +164,15 @@ def _nearest(name: str, present: list[str]) -> str:
 
 
 def flat_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The columns of `FLAT_SCHEMA` cast from a flat batch; optional ones missing become null."""
+    """The columns of `FLAT_SCHEMA` cast from a flat batch; optional ones missing become null.
+
+    A column of places stays beside them.
+    """
     columns = [_cast(batch, name) for name in FLAT_SCHEMA.names]
-    return pa.record_batch(columns, schema=FLAT_SCHEMA)
+    flat = pa.record_batch(columns, schema=FLAT_SCHEMA)
+    if PLACE.name not in batch.schema.names:
+        return flat
+    return flat.append_column(PLACE, batch.column(PLACE.name))
 
 
 def _cast(columns: pa.RecordBatch | pa.StructArray, name: str) -> "pa.Array[Any]":
@@ -196,23 +205,28 @@ def lists_from_flat(batches: Iterable[pa.RecordBatch], first_row: int) -> Iterat
 
     Rows of a run whose query text differs from that of its first row become lists of their
     own, directly after it and with the same qid, so that whoever checks for repeated qids
-    sees the conflict.
+    sees the conflict. Batches without places have those of their rows.
     """
     for qid, run in groupby(_flat_rows(batches, first_row), key=itemgetter(0)):
-        by_query: dict[str | None, tuple[int, list[Candidate]]] = {}
-        for _, query, candidate, row in run:
-            by_query.setdefault(query, (row, []))[1].append(candidate)
-        for query, (row, candidates) in by_query.items():
-            yield CandidateList(qid, query, tuple(candidates), row)
+        by_query: dict[str | None, tuple[int, list[Candidate], array[int]]] = {}
+        for _, query, candidate, row, place in run:
+            if query not in by_query:
+                by_query[query] = (row, [], array("q"))
+            by_query[query][1].append(candidate)
+            by_query[query][2].append(place)
+        for query, (row, candidates, places) in by_query.items():
+            yield CandidateList(qid, query, tuple(candidates), row, places)
 
 
 def _flat_rows(
     batches: Iterable[pa.RecordBatch], first_row: int
-) -> Iterator[tuple[str | None, str | None, Candidate, int]]:
+) -> Iterator[tuple[str | None, str | None, Candidate, int, int]]:
     for batch in batches:
         qids, queries = (batch.column(name).to_pylist() for name in ("qid", "query"))
         rows = range(first_row, first_row + batch.num_rows)
-        yield from zip(qids, queries, _candidates(batch), rows, strict=True)
+        has_places = PLACE.name in batch.schema.names
+        places = batch.column(PLACE.name).to_pylist() if has_places else rows
+        yield from zip(qids, queries, _candidates(batch), rows, places, strict=True)
         first_row += batch.num_rows
 
 

@@ -39,6 +39,55 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder is missing, read-only or full, or `path` is a folder.
     """
+    with _temporary(path) as temporary:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    with writing(path):
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """As `replacing`, but the file stays temporary when the block ends, flushed to disk.
+
+    The caller gives it its name, or removes it, when other files are ready too.
+
+    Raises:
+        OutputError: as for `replacing`.
+    """
+    temporary = new_temporary(path)
+    try:
+        yield temporary
+        with writing(path):
+            sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def linking(path: Path) -> Iterator[Path]:
+    """As `replacing`, but a file of that name is never replaced.
+
+    Raises:
+        FileExistsError: there is one; it is as it was.
+        OutputError: as for `replacing`.
+    """
+    with _temporary(path) as temporary:
+        yield temporary
+        sync(temporary)
+        os.link(temporary, path, follow_symlinks=False)  # atomic: exactly one attempt wins
+    with writing(path):
+        sync(path.parent)
+
+
+def new_temporary(path: Path) -> Path:
+    """A new, empty temporary file beside `path`.
+
+    Raises:
+        OutputError: the folder is missing, read-only or full, or `path` is a folder.
+    """
     if path.is_dir():
         raise OutputError(
             f"Cannot write {path.name}: a folder has that name.",
@@ -50,13 +99,42 @@ def replacing(path: Path) -> Iterator[Path]:
     with writing(path):
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         os.close(os.open(temporary, flags, 0o666))
+    return temporary
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, gone when the block ends unless it got a name by then."""
+    temporary = new_temporary(path)
+    with writing(path):
         try:
             yield temporary
-            _sync(temporary)
-            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that outlives a power cut; its parent is there.
+
+    Raises:
+        OutputError: the parent is read-only or full.
+    """
+    with writing(folder):
+        if not folder.is_dir():
+            folder.mkdir(exist_ok=True)
+            sync(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there, for good.
+
+    Raises:
+        OutputError: the folder is read-only.
+    """
+    with writing(path):
+        if path.exists() or path.is_symlink():
+            path.unlink()
+            sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -96,7 +174,8 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
     # A failed fsync is never tried again: the kernel may have dropped the pages it could not
     # write, and would report success the second time.
     descriptor = os.open(path, os.O_RDONLY)

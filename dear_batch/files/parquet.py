@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from dear_batch.data import CandidateList
 from dear_batch.files.columns import (
     NESTED_SCHEMA,
+    PLACE,
     Layout,
     flat_batch,
     layout_of,
@@ -36,6 +37,7 @@ from dear_batch.files.pages import (
 )
 
 Item = TypeVar("Item")
+Beat = Callable[[], None]  # told that work goes on; raises to end it
 
 SCHEMA_VERSION = "1"
 _QID_ROWS = 1 << 16
@@ -61,8 +63,13 @@ class InputFile:
     batch_rows: int
 
 
-def open_input(path: str | Path) -> InputFile:
+def open_input(path: str | Path, *, regrouped: bool = False) -> InputFile:
     """Check a file of candidate lists by its footer, without reading its data.
+
+    Args:
+        path: the file.
+        regrouped: `regroup` wrote it, and its rows know their places in the user's files; a
+            user's own column of that name is not read.
 
     Raises:
         InputError: the file is missing, a folder, empty, cut, not Parquet, without rows, or
@@ -70,7 +77,7 @@ def open_input(path: str | Path) -> InputFile:
     """
     with open_parquet(path) as source:
         layout, optional = layout_of(source.schema_arrow, str(path))
-        columns = _leaves(source, layout, optional)
+        columns = _leaves(source, layout, optional) + ((PLACE.name,) if regrouped else ())
         n_rows = source.metadata.num_rows
         sizes = chunk_sizes(source.metadata, columns)
         row_bytes = max(1, sum(size for _, size in sizes) // n_rows)
@@ -161,10 +168,11 @@ class RowReader:
         return taken
 
 
-def read_qids(file: InputFile) -> "Iterator[pa.Array[Any]]":
-    """The qid column as strings, in batches."""
+def read_qids(file: InputFile, beat: Beat = lambda: None) -> "Iterator[pa.Array[Any]]":
+    """The qid column as strings, in batches; `beat` is called before each, and may raise."""
     with open_parquet(file.path) as source:
         for batch in decoded(source, file.path, ["qid"], _QID_ROWS):
+            beat()
             yield batch.column("qid").cast(pa.string())
 
 
@@ -174,25 +182,27 @@ def read_flat(file: InputFile) -> Iterator[pa.RecordBatch]:
         yield from map(flat_batch, decoded(source, file.path, file.columns, file.batch_rows))
 
 
-def qid_runs(file: InputFile) -> Iterator[tuple[str | None, int, int]]:
+def qid_runs(file: InputFile, beat: Beat = lambda: None) -> Iterator[tuple[str | None, int, int]]:
     """(qid, first row, number of rows) of each run of equal qids; nested, each row is a run.
+
+    `beat` is called once a batch, and may raise.
 
     Raises:
         InputError: the qid column cannot be decoded.
     """
     if file.layout == "nested":
-        rows = (qid for qids in read_qids(file) for qid in qids.to_pylist())
+        rows = (qid for qids in read_qids(file, beat) for qid in qids.to_pylist())
         yield from ((qid, row, 1) for row, qid in enumerate(rows))
         return
     # A run that crosses batches arrives in pieces.
-    for qid, group in groupby(_pieces(file), key=itemgetter(0)):
+    for qid, group in groupby(_pieces(file, beat), key=itemgetter(0)):
         pieces = list(group)
         yield qid, pieces[0][1], sum(length for _, _, length in pieces)
 
 
-def _pieces(file: InputFile) -> Iterator[tuple[str | None, int, int]]:
+def _pieces(file: InputFile, beat: Beat) -> Iterator[tuple[str | None, int, int]]:
     first_row = 0
-    for qids in read_qids(file):
+    for qids in read_qids(file, beat):
         runs = pc.call_function("run_end_encode", [qids])
         start = 0
         for qid, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):

@@ -17,36 +17,46 @@ import numpy as np
 import pyarrow as pa
 
 from dear_batch.errors import InputError, OutputError
-from dear_batch.files.columns import FLAT_FORM, FLAT_SCHEMA
+from dear_batch.files.columns import FLAT_FORM, FLAT_SCHEMA, PLACE
 from dear_batch.files.durable import scratch_folder
 from dear_batch.files.parquet import (
+    Beat,
+    InputFile,
     open_input,
     qid_runs,
     read_flat,
     read_qids,
     write_batches,
 )
+from dear_batch.files.places import FILE_ROWS
 from dear_batch.files.reorder import in_rank_order
 
 MEMORY_LIMIT = "1GB"
 _KEY_ROWS = 1 << 16
 _QID = pa.schema({"qid": pa.string()})
-_PLACES = _QID.append(pa.field("place", pa.int64()))
-# A file's index and a row of it in one integer.
-_FILE_ROWS = 1 << 40
+_PLACES = _QID.append(PLACE)
+Batches = Iterator[pa.RecordBatch]
 
 
-def regroup(files: Sequence[str | Path], out: Path, *, memory_limit: str = MEMORY_LIMIT) -> None:
+def regroup(
+    files: Sequence[str | Path],
+    out: Path,
+    *,
+    memory_limit: str = MEMORY_LIMIT,
+    beat: Beat = lambda: None,
+) -> None:
     """Write flat files as one flat file in which the rows of a query are contiguous.
 
     Queries stand in the order of their first rows, candidates in the order of the files and
     their rows. Rows without a qid belong to no query and keep their place among first rows.
+    Every row takes its place in `files` along; `open_input(out, regrouped=True)` reads them.
     Needs disk beside `out` for the rows once more, lz4-compressed, and for their keys.
 
     Args:
         files: flat files; ids may be integers in one and strings in another.
         out: the file to write, complete or not at all.
         memory_limit: for DuckDB's keys; moving text takes about 300 MB beside it.
+        beat: called once a batch, and may raise: then nothing is left.
 
     Raises:
         InputError: a file cannot be read or is not flat.
@@ -58,12 +68,19 @@ def regroup(files: Sequence[str | Path], out: Path, *, memory_limit: str = MEMOR
         raise InputError("Only flat files are regrouped.", where=", ".join(nested), valid=FLAT_FORM)
     with scratch_folder(out) as scratch:
         keys = (qids for file in inputs for qids in read_qids(file))
-        rows = (batch for file in inputs for batch in read_flat(file))
-        ordered = by_first_appearance(keys, rows, scratch, memory_limit=memory_limit)
-        write_batches(_whole_groups(ordered), FLAT_SCHEMA, out)
+        rows = (batch for at, file in enumerate(inputs) for batch in _with_places(file, at))
+        ordered = by_first_appearance(keys, rows, scratch, memory_limit=memory_limit, beat=beat)
+        write_batches(_whole_groups(ordered), FLAT_SCHEMA.append(PLACE), out)
 
 
-def _whole_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _with_places(file: InputFile, index: int) -> Batches:
+    place = index * FILE_ROWS
+    for batch in read_flat(file):
+        yield batch.append_column(PLACE, pa.array(np.arange(place, place + batch.num_rows)))
+        place += batch.num_rows
+
+
+def _whole_groups(batches: Batches) -> Batches:
     """Several batches in one, so that row groups are not too small to compress."""
     while held := list(islice(batches, 4)):
         yield from pa.Table.from_batches(held).combine_chunks().to_batches()
@@ -71,11 +88,12 @@ def _whole_groups(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]
 
 def by_first_appearance(
     qids: "Iterable[pa.Array[Any]]",
-    rows: Iterator[pa.RecordBatch],
+    rows: Batches,
     scratch: Path,
     *,
     memory_limit: str = MEMORY_LIMIT,
-) -> Iterator[pa.RecordBatch]:
+    beat: Beat = lambda: None,
+) -> Batches:
     """The rows with those of one qid together, in the order of the first row of each qid.
 
     Args:
@@ -83,6 +101,7 @@ def by_first_appearance(
         rows: batches of the same rows.
         scratch: folder for temporary files.
         memory_limit: for DuckDB's keys.
+        beat: called once a batch that is read or yielded, and may raise.
 
     Raises:
         OutputError: disk or memory do not suffice.
@@ -90,7 +109,7 @@ def by_first_appearance(
     slots = scratch / "slots.parquet"
     with connect(scratch, memory_limit) as connection:
         keys = (pa.record_batch([array], schema=_QID) for array in qids)
-        load(connection, "key", _QID, keys)
+        load(connection, "key", _QID, _beating(keys, beat))
         # Step by step, because operators of one query share the memory limit: as one query,
         # 3 million keys of 21 bytes did not fit into 100 MB even with a disk to spill to.
         execute(
@@ -108,55 +127,66 @@ def by_first_appearance(
         query = """SELECT position, row_number() OVER (ORDER BY first, position) - 1 AS rank
             FROM placed ORDER BY position"""
         save(connection, query, slots)
-    yield from in_rank_order(rows, slots, scratch)
+    yield from _beating(in_rank_order(_beating(rows, beat), slots, scratch), beat)
 
 
-def distinct_qids(files: Sequence[str | Path], *, beside: Path | None = None) -> int:
+def _beating(batches: Iterable[pa.RecordBatch], beat: Beat) -> Batches:
+    for batch in batches:
+        beat()
+        yield batch
+
+
+def distinct_qids(
+    files: Sequence[str | Path], *, beside: Path | None = None, beat: Beat = lambda: None
+) -> int:
     """How many qids the files have together; null is none.
 
     Args:
         files: nested or flat files.
         beside: temporary files go to the folder of this path; by default to the system's.
+        beat: called once a batch, and may raise.
 
     Raises:
         InputError: a file cannot be read.
         OutputError: disk or memory do not suffice.
     """
-    with _runs(files, beside) as connection:
+    with _runs(files, beside, beat) as connection:
         return int(execute(connection, "SELECT count(*) FROM (SELECT DISTINCT qid FROM run)")[0][0])
 
 
 def repeated_qids(
-    files: Sequence[str | Path], *, beside: Path | None = None
+    files: Sequence[str | Path], *, beside: Path | None = None, beat: Beat = lambda: None
 ) -> dict[str, tuple[int, int]]:
     """Each qid that begins more than one run of rows, with (file index, row) of its first.
 
     In a nested file every row is a run, so these are the qids that occur in several rows.
     Arguments and errors are those of `distinct_qids`; memory grows with the answer.
     """
-    with _runs(files, beside) as connection:
+    with _runs(files, beside, beat) as connection:
         query = "SELECT qid, min(place) FROM run GROUP BY qid HAVING count(*) > 1"
-        return {qid: divmod(place, _FILE_ROWS) for qid, place in execute(connection, query)}
+        return {qid: divmod(place, FILE_ROWS) for qid, place in execute(connection, query)}
 
 
 @contextlib.contextmanager
-def _runs(files: Sequence[str | Path], beside: Path | None) -> Iterator[duckdb.DuckDBPyConnection]:
+def _runs(
+    files: Sequence[str | Path], beside: Path | None, beat: Beat
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection with the runs of all files that have a qid, in the table `run`."""
     # A name for the folder where a caller has no output yet.
     place = beside or Path(tempfile.gettempdir()) / "dear-batch"
     inputs = [open_input(path) for path in files]
     with scratch_folder(place) as scratch, connect(scratch, MEMORY_LIMIT) as connection:
         starts = (
-            (qid, index * _FILE_ROWS + row)
+            (qid, index * FILE_ROWS + row)
             for index, file in enumerate(inputs)
-            for qid, row, _ in qid_runs(file)
+            for qid, row, _ in qid_runs(file, beat)
             if qid is not None
         )
         load(connection, "run", _PLACES, _places(starts))
         yield connection
 
 
-def _places(starts: Iterator[tuple[str, int]]) -> Iterator[pa.RecordBatch]:
+def _places(starts: Iterator[tuple[str, int]]) -> Batches:
     while pairs := list(islice(starts, _KEY_ROWS)):
         qids, places = zip(*pairs, strict=True)
         yield pa.record_batch([pa.array(qids), pa.array(places)], schema=_PLACES)

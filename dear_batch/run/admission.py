@@ -1,7 +1,7 @@
 """Decides which queries and candidates are scored and which are set aside, and why.
 
-Knows nothing of files beyond a path to name, nor of models. The reasons are the closed list
-`REASONS`; a TREC run file breaks, or evaluators refuse it, on most of them.
+Knows nothing of models, and of files only where a row stands in them. The reasons are the
+closed list `REASONS`; a TREC run file breaks, or evaluators refuse it, on most of them.
 """
 
 import math
@@ -11,6 +11,7 @@ from itertools import groupby
 
 from dear_batch.data import Candidate, CandidateList, Refusal
 from dear_batch.errors import InputError
+from dear_batch.files.places import Places
 
 REASONS = {
     "bad_qid": "a null or empty qid, or white space or control characters in it",
@@ -24,20 +25,36 @@ REASONS = {
     "null_text": "a null text",
     "empty_text": "a blank text without a title",
     "non_finite_score": "the model gave NaN or infinity",
+    "kills_process": "the process died of it, more than once",
 }
+# Nothing to rank is nothing wrong: counted apart, and not quarantined.
+SKIPPED = frozenset({"empty_list"})
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A list that will be scored: valid ids, unique docids, text everywhere.
 
-    `first_ranks` are the candidates' places in the list as it was read, from 1.
+    `first_ranks` are the candidates' ranks in the list as it was `read`, from 1; `places` knows
+    where that was.
     """
 
     qid: str
     query: str
     candidates: tuple[Candidate, ...]
     first_ranks: tuple[int, ...]
+    read: CandidateList
+    places: Places
+
+    def refuse(self, reason: str, candidates: int) -> Refusal:
+        """Set the list aside after all, and `candidates` with it that are not yet."""
+        return _refusal(reason, self.read, self.places, candidates=candidates)
+
+    def refuse_candidate(self, reason: str, docid: str) -> Refusal:
+        """Set one of its candidates aside after all."""
+        pairs = zip(self.candidates, self.first_ranks, strict=True)
+        rank = next(rank for candidate, rank in pairs if candidate.docid == docid)
+        return _refusal(reason, self.read, self.places, rank)
 
 
 def valid_id(text: str) -> bool:
@@ -52,24 +69,21 @@ class Admission:
     """Checks the lists of one shard in order.
 
     Args:
-        path: the input's name for refusals.
+        places: where rows stand in the user's files; made once for all shards of a source.
         kept_rows: the row of the list to keep for each qid that has several; None where that
             lies in another file.
-        has_rows: rows of this file are rows of the user's.
         need_first_scores: interpolation wants a finite first-stage score everywhere.
     """
 
     def __init__(
         self,
-        path: str,
+        places: Places,
         kept_rows: Mapping[str, int | None] | None = None,
         *,
-        has_rows: bool = True,
         need_first_scores: bool = False,
     ) -> None:
-        self._path = path
+        self._places = places
         self._kept_rows = kept_rows or {}
-        self._has_rows = has_rows
         self._need_first_scores = need_first_scores
 
     def admit(self, lists: Iterable[CandidateList]) -> Iterator[Admitted | Refusal]:
@@ -77,7 +91,7 @@ class Admission:
         for item in lists:
             reason = self._query_fault(item)
             if reason:
-                yield self._refusal(reason, item, None, len(item.candidates))
+                yield _refusal(reason, item, self._places, candidates=len(item.candidates))
             else:
                 yield from self._admit_candidates(item)
 
@@ -92,8 +106,8 @@ class Admission:
             kept = next((item for item in items if _has_query(item)), items[0])
             for item in items:
                 if item is not kept:
-                    for candidate in item.candidates:
-                        yield self._refusal("conflicting_query", item, candidate.docid, 1)
+                    for rank in range(1, len(item.candidates) + 1):
+                        yield _refusal("conflicting_query", item, self._places, rank)
             yield from self.admit([kept])
 
     def _query_fault(self, item: CandidateList) -> str | None:
@@ -107,33 +121,41 @@ class Admission:
         for rank, candidate in enumerate(item.candidates, start=1):
             reason = _candidate_fault(candidate, kept)
             if reason:
-                yield self._refusal(reason, item, candidate.docid, 1)
+                yield _refusal(reason, item, self._places, rank)
             else:
                 kept[candidate.docid] = (rank, candidate)
         if not kept:
-            yield self._refusal("no_valid_candidates", item, None, 0)
+            yield _refusal("no_valid_candidates", item, self._places, candidates=0)
             return
         ranks, candidates = zip(*kept.values(), strict=True)
         if self._need_first_scores:
-            self._check_first_scores(item, candidates)
-        yield Admitted(str(item.qid), str(item.query), candidates, ranks)
+            self._check_first_scores(item, kept.values())
+        yield Admitted(str(item.qid), str(item.query), candidates, ranks, item, self._places)
 
-    def _check_first_scores(self, item: CandidateList, candidates: Iterable[Candidate]) -> None:
-        for candidate in candidates:
+    def _check_first_scores(
+        self, item: CandidateList, kept: Iterable[tuple[int, Candidate]]
+    ) -> None:
+        for rank, candidate in kept:
             score = candidate.first_score
             if score is None or not math.isfinite(score):
+                path, row_group, row = self._places.position(item.place(rank))
                 raise InputError(
                     "Interpolation needs a first-stage score for every candidate.",
-                    where=f"{self._path}, row {item.row}, qid {item.qid}, "
+                    where=f"{path}, row group {row_group}, row {row}, qid {item.qid}, "
                     f"docid {candidate.docid}: score {score}",
                     valid="a finite `score`, or --interpolate 1",
                 )
 
-    def _refusal(
-        self, reason: str, item: CandidateList, docid: str | None, candidates: int
-    ) -> Refusal:
-        row = item.row if self._has_rows else None
-        return Refusal(reason, REASONS[reason], self._path, row, item.qid, docid, candidates)
+
+def _refusal(
+    reason: str, item: CandidateList, places: Places, rank: int | None = None, candidates: int = 1
+) -> Refusal:
+    """Set aside the candidate of that rank in the list as it was read, or the whole list."""
+    path, row_group, row = places.position(item.place(rank or 1))
+    docid = None if rank is None else item.candidates[rank - 1].docid
+    return Refusal(
+        reason, REASONS[reason], path, row_group, row, item.qid, docid, candidates=candidates
+    )
 
 
 def can_be_scored(item: CandidateList) -> bool:

@@ -5,7 +5,7 @@ as one plan. `ahead` runs the first half in a thread: tokenising releases the GI
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -99,7 +99,7 @@ def _scored(item: Admitted, logits: list[float]) -> ScoredList:
     )
 
 
-def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+def ahead(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Run an iterable in a background thread, `depth` items ahead; its exceptions rise here."""
     stream, end = iter(items), object()
     with ThreadPoolExecutor(1, thread_name_prefix="dear-batch-reader") as pool:

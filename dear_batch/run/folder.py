@@ -1,27 +1,37 @@
-"""Whose output folder it is: `plan.json` says what job writes there, and no other one does.
+"""Whose output folder it is, who works in it now, and whether it is done.
 
-A two-stage job may get another listwise stage over the same parts, and nothing else anew.
+`LOCK` keeps a second run out; `plan.json` says what job writes here, and no other one does;
+`_SUCCESS` holds the hash of the manifest and is written last.
 """
 
+import fcntl
+import hashlib
 import json
-from dataclasses import asdict
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dear_batch import __version__
-from dear_batch.bundle import hash_file
-from dear_batch.errors import ConfigurationError, InputError, OutputError
-from dear_batch.files.durable import replacing, writing
-from dear_batch.run.plan import Plan, expand, is_there
-from dear_batch.specs import JobSpec, ListwiseSpec
+from dear_batch.errors import ConfigurationError, OutputError, TryAgainError
+from dear_batch.files.durable import remove, replacing, sync, writing
 
-SCHEMA_VERSION = 1
-_STATE = ("path", "bytes", "mtime_ns")
+SCHEMA_VERSION = 2
+LOCK, PLAN, REPORT, MANIFEST = "LOCK", "plan.json", "report.json", "manifest.json"
+METRICS, SUCCESS = "metrics.prom", "_SUCCESS"
+# What a run that failed before it had a plan leaves.
+BEFORE_A_PLAN = frozenset({LOCK, REPORT, METRICS})
 Fields = dict[str, Any]
 
 
+class OtherJobError(ConfigurationError):
+    """The folder is another job's."""
+
+
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not ours before any work is done.
+    """Refuse a folder that is not ours before anything is written.
 
     Raises:
         OutputError: a file, or a folder with contents and no `plan.json`.
@@ -35,41 +45,31 @@ def check_folder(folder: Path) -> None:
     above = next(p for p in folder.absolute().parents if p.exists())
     if not above.is_dir():
         raise OutputError(f"The output {folder} cannot be made: {above} is not a folder.")
-    if folder.is_dir() and not (folder / "plan.json").is_file() and any(folder.iterdir()):
-        raise OutputError(
-            f"The output folder {folder} is not empty and not ours: it has no plan.json.",
-            where=", ".join(sorted(p.name for p in folder.iterdir())[:5]),
-            valid="a new or empty folder, or one of an earlier run of this job",
-            next_step="choose another --output",
-        )
+    if folder.is_dir() and not (folder / PLAN).is_file():
+        foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path))
+        if foreign:
+            raise OutputError(
+                f"The output folder {folder} is not empty and not ours: it has no plan.json.",
+                where=", ".join(foreign[:5]),
+                valid="a new or empty folder, or one of an earlier run of this job",
+                next_step="choose another --output",
+            )
 
 
-def claim_folder(
-    folder: Path,
-    plan: Plan,
-    spec: JobSpec,
-    bundle_sha256: str,
-    listwise: Fields | None = None,
-    *,
-    may_differ: bool = False,
-) -> None:
-    """Make the output folder ours by writing `plan.json`, or see that it is ours already.
+def _is_ours(path: Path) -> bool:
+    """Whether a run that was killed before it had a plan left this."""
+    is_temporary = path.name.startswith(".") and path.name.endswith(".tmp")
+    return path.name in BEFORE_A_PLAN or is_temporary or path.name in {"parts", "commits"}
 
-    With `may_differ` (`--stage pointwise`) the folder may be planned with another listwise
-    stage, which stays in its plan.
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock; the lock goes with the process, however that ends.
 
     Raises:
-        OutputError: it holds something else, or cannot be written.
-        ConfigurationError: it holds another job's output.
+        OutputError: the folder cannot be made or written to.
+        TryAgainError: another run holds the lock.
     """
-    path = folder / "plan.json"
-    wanted = _described(plan, spec, bundle_sha256) | ({"listwise": listwise} if listwise else {})
-    if path.is_file():
-        found = _read_plan(path)
-        if may_differ and found and "listwise" in found:
-            wanted["listwise"] = found["listwise"]
-        _refuse_others(folder, found, wanted)
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,145 +78,133 @@ def claim_folder(
             valid="a folder that can be written to",
             next_step="choose another --output",
         ) from error
-    _write_plan(folder, wanted)
-
-
-def plan_listwise(folder: Path, spec: JobSpec, listwise: Fields, *, may_differ: bool) -> Fields:
-    """See that stage 1 of this job filled the folder; returns its plan with this `listwise`.
-
-    Args:
-        folder: the output folder.
-        spec: the job; its inputs are looked at, not read.
-        listwise: what `listwise_settings` says of its second stage.
-        may_differ: `--stage listwise`, on a machine or device of its own: the inputs may be
-            gone. Otherwise other settings are another job.
-
-    Raises:
-        ConfigurationError: no stage 1 is there, or that of another job.
-    """
-    found = _read_plan(folder / "plan.json")
-    if found is None or "listwise" not in found:
-        raise no_stage_one(folder)
-    inputs = _inputs(spec, found["inputs"], may_be_gone=may_differ)
-    wanted = {**found, **_tool(spec), "inputs": inputs, "listwise": listwise}
-    if may_differ:
-        wanted["listwise"] = found["listwise"]
-        wanted["spec"]["execution"] = found["spec"]["execution"]
-        wanted["spec"]["output"]["folder"] = found["spec"]["output"]["folder"]
-    _refuse_others(folder, found, wanted)
-    return {**found, "listwise": listwise}
-
-
-def replan(folder: Path, plan: Fields) -> None:
-    """Write a plan whose runs have just been published over those of another listwise stage."""
-    if _read_plan(folder / "plan.json") != plan:
-        _write_plan(folder, plan)
-
-
-def retract_report(folder: Path) -> None:
-    """Remove the report before anything that it tells of is replaced."""
-    path = folder / "report.json"
+    path = folder / LOCK
     with writing(path):
-        path.unlink(missing_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(folder, os.read(descriptor, 1 << 12)) from None
+        with writing(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _holder(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def listwise_settings(spec: ListwiseSpec, bundle_sha256: str | None) -> Fields:
-    """What decides the order that a listwise stage gives; how much may fail does not.
-
-    The bundle has no hash where stage 1 runs alone on a machine that lacks it.
-    """
-    settings = asdict(spec)
-    del settings["max_failed_windows"]
-    settings["step"] = spec.stride
-    own = spec.prompt.endswith(".toml") and Path(spec.prompt).is_file()
-    sha256 = hash_file(Path(spec.prompt)).sha256 if own else None
-    return {**settings, "bundle_sha256": bundle_sha256, "prompt_file_sha256": sha256}
+def _holder() -> bytes:
+    start = datetime.now(UTC).isoformat(timespec="seconds")
+    fields = {"host": socket.gethostname(), "pid": os.getpid(), "start": start}
+    return json.dumps(fields).encode() + b"\n"
 
 
-def no_stage_one(folder: Path) -> ConfigurationError:
-    """The error for a second stage without a first."""
-    return ConfigurationError(
-        f"There is no finished stage 1 for a listwise stage in {folder}.",
-        valid="a folder in which this job ran with --stage pointwise, or without --stage",
-        next_step="the same command with --stage pointwise; a folder without [listwise] in its "
-        "plan needs another --output",
+def _held(folder: Path, holder: bytes) -> TryAgainError:
+    return TryAgainError(
+        f"Another run is at work in {folder}.",
+        where=holder.decode(errors="replace").strip(),
+        valid="one run at a time",
+        next_step=f"wait for it (dear-batch status {folder}), then run the same command again",
     )
 
 
-def _refuse_others(folder: Path, found: Fields | None, wanted: Fields) -> None:
-    """Refuse a plan that is not the wanted one, and say in what they differ."""
+def read_json(path: Path) -> Fields | None:
+    """The object in a JSON file, None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(path: Path, fields: Fields) -> None:
+    """Write a JSON file, complete or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    with replacing(path) as temporary:
+        text = json.dumps(fields, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_plan(folder: Path) -> Fields | None:
+    """The plan of a folder, None where there is none of this version."""
+    plan = read_json(folder / PLAN)
+    return plan if plan and plan.get("schema_version") == SCHEMA_VERSION else None
+
+
+def finished(folder: Path) -> Fields | None:
+    """The manifest of a folder that is done, else None.
+
+    `_SUCCESS` holds its hash, and all files that it names are there in their size; what they
+    hold is `verify`'s affair.
+    """
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+        promised = (folder / SUCCESS).read_text(encoding="ascii").strip()
+        if hashlib.sha256(raw).hexdigest() != promised:
+            return None
+        manifest: Fields = json.loads(raw)
+        sizes = {name: (folder / name).lstat().st_size for name in manifest["files"]}
+    except (OSError, ValueError):
+        return None
+    records = manifest["files"].items()
+    return manifest if all(sizes[name] == record["bytes"] for name, record in records) else None
+
+
+def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool = False) -> None:
+    """Refuse what is not the job of the folder, and say in what they differ.
+
+    `again`: another second stage over the same first one is offered.
+
+    Raises:
+        OtherJobError: they differ.
+    """
     wanted = json.loads(json.dumps(wanted))
-    if found == wanted:
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if not differing:
         return
-    found = found or {}
-    both = {**found, **wanted}
-    differing = [name for name in both if found.get(name) != wanted.get(name)]
-    again = differing == ["listwise"] and "listwise" in found and "listwise" in wanted
-    other = f"choose another --output, or remove {folder}"
-    raise ConfigurationError(
+    inner = [name for name in differing if isinstance(wanted[name], dict) and found.get(name)]
+    where = [name for name in differing if name not in inner]
+    for name in inner:
+        both = {**found[name], **wanted[name]}
+        where += [f"{name}.{k}" for k in both if found[name].get(k) != wanted[name].get(k)]
+    other = f"choose another --output, or begin anew with --restart, which empties {folder}"
+    raise OtherJobError(
         f"The output folder {folder} belongs to another job: its inputs, bundle or "
         "settings differ.",
-        where=f"{folder / 'plan.json'}: {', '.join(differing)}",
+        where=f"{folder / PLAN}: {', '.join(where)}",
         valid="a new folder for each job and night",
         next_step=f"--stage listwise, for another listwise stage over the same parts; or {other}"
-        if again
+        if again and differing == ["listwise"]
         else other,
     )
 
 
-def _write_plan(folder: Path, fields: Fields) -> None:
-    with replacing(folder / "plan.json") as temporary:
-        temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+def clear(folder: Path, names: list[str]) -> None:
+    """Remove a job from its folder, its end first; `names` are those that it publishes.
+
+    Raises:
+        OutputError: something cannot be removed.
+    """
+    for name in (SUCCESS, MANIFEST, *names, REPORT):
+        remove(folder / name)
+    for place in ("commits", "parts", "quarantine"):
+        _remove_files(folder / place)
+    remove(folder / PLAN)
 
 
-def _read_plan(path: Path) -> Fields | None:
-    """The plan of a folder, None where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError):
-        return None
-    return (
-        content if isinstance(content, dict) and content.keys() >= {"inputs", "outputs"} else None
-    )
-
-
-def _described(plan: Plan, spec: JobSpec, bundle_sha256: str) -> Fields:
-    """Everything that decides the output of stage 1; equal plans give equal run files."""
-    inputs = [
-        {**_state(file.path), "rows": file.n_rows, "layout": file.layout} for file in plan.inputs
-    ]
-    outputs = [
-        {
-            "stem": output.stem,
-            "queries": output.n_queries,
-            "regrouped": any(source.regrouped for source in output.sources),
-            "shards": [shard.key for shards in output.shards for shard in shards],
-        }
-        for output in plan.outputs
-    ]
-    return {**_tool(spec), "bundle_sha256": bundle_sha256, "inputs": inputs, "outputs": outputs}
-
-
-def _tool(spec: JobSpec) -> Fields:
-    settings = asdict(spec)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "tool": f"dear-batch {__version__}",
-        "spec": {k: settings[k] for k in ("pointwise", "output", "execution")},
-    }
-
-
-def _inputs(spec: JobSpec, planned: list[Fields], *, may_be_gone: bool) -> list[Fields]:
-    """The planned inputs where the job has the same and they are unchanged, else the job's."""
-    left = [item for item in planned if not may_be_gone or is_there(item["path"])]
-    was = [{name: item.get(name) for name in _STATE} for item in left]
-    now = [_state(path) for path in expand(spec.input.paths, may_be_gone=may_be_gone)]
-    return planned if was == now else now
-
-
-def _state(path: str) -> Fields:
-    try:
-        found = Path(path).stat()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.", where=path) from error
-    return dict(zip(_STATE, (path, found.st_size, found.st_mtime_ns), strict=True))
+def _remove_files(folder: Path) -> None:
+    """Remove our own files in a folder and the folders of stages in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    with writing(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                _remove_files(path)
+            elif path.suffix in {".json", ".parquet", ".tmp"}:
+                path.unlink()
+        sync(folder)

@@ -1,40 +1,49 @@
-"""Stage 2: reads stage 1's parts, re-orders the top of each list, publishes the final order.
+"""Stage 2: re-orders the top of each list in the committed parts of stage 1.
 
-What can be refused without the weights is refused by `prepare`, before stage 1 begins.
+What can be refused without the weights is refused by `prepare`, before stage 1 begins. Its
+shards are those of stage 1, several together where one holds too few lists to fill a batch.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.data import RankedList, Transcript
 from dear_batch.errors import missing_extra
 from dear_batch.files.parquet import grouped
-from dear_batch.files.parts import list_size, read_part
-from dear_batch.files.results import (
-    RERANKED_SCHEMA,
-    Write,
-    published_names,
-    run_writer,
-    transcript_writer,
-)
+from dear_batch.files.parts import RERANKED_SCHEMA, list_size, part_writer, read_part
+from dear_batch.files.results import transcript_writer
 from dear_batch.listwise.preflight import check_listwise
-from dear_batch.run.folder import listwise_settings, plan_listwise, replan, retract_report
-from dear_batch.run.handover import part_path, read_handover
+from dear_batch.run.ledger import Commit, Ledger
+from dear_batch.run.planning import PlannedOutput
+from dear_batch.run.pointwise import Poison
 from dear_batch.run.report import ListwiseTally
+from dear_batch.run.watch import Watch
 from dear_batch.run.waves import Course, Ranker, rerank
-from dear_batch.specs import JobSpec, ListwiseSpec
+from dear_batch.specs import ListwiseSpec
 
-TOO_MANY_FAILED = "too-many-failed-windows"  # the status of a report
+STAGE = "listwise"
 NEEDED = ("torch", "transformers")
 WAVE_BYTES = 32 << 20  # of lists in memory, however many a model would take
+LEAST_QUERIES = 128  # of a shard: what a GPU takes at once
+NOTHING: frozenset[int] = frozenset()
 
 
-def prepare(spec: ListwiseSpec, device: str) -> Bundle:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A shard of stage 2: consecutive shards of stage 1, of one output."""
+
+    key: str
+    queries: int
+    parts: tuple[Path, ...]
+    sha256: str
+
+
+def prepare(spec: ListwiseSpec, device: str, *, paranoid: bool = False) -> Bundle:
     """Open the listwise bundle and check all that needs no weights.
 
     Raises:
@@ -49,7 +58,7 @@ def prepare(spec: ListwiseSpec, device: str) -> Bundle:
         from dear_batch.listwise.model import found_device
 
         found_device(device)
-    bundle = open_bundle(spec.bundle, task="listwise")
+    bundle = open_bundle(spec.bundle, task="listwise", paranoid=paranoid)
     check_listwise(bundle, spec)
     return bundle
 
@@ -61,96 +70,105 @@ def open_ranker(bundle: Bundle, spec: ListwiseSpec, device: str) -> Ranker:
     return ListwiseRanker.open(bundle, spec, device)
 
 
-def run_listwise(
-    job: JobSpec,
-    spec: ListwiseSpec,
-    advance: Callable[[float, int], None],
-    *,
-    may_differ: bool,
-) -> dict[str, Any]:
-    """Re-rank the parts in the output folder and publish; returns the report of both stages.
-
-    Args:
-        job: the whole job.
-        spec: its listwise stage.
-        advance: told (queries done, queries in all).
-        may_differ: the folder may have been planned with other listwise settings.
-
-    Raises:
-        ConfigurationError, InputError, TrustError: see `prepare`, `plan_listwise` and
-            `read_handover`.
-    """
-    folder, tally = Path(job.output.folder), ListwiseTally()
-    with tally.timed("total"):
-        with tally.timed("load"):
-            bundle = prepare(spec, job.execution.device)  # anew: stage 1 may have taken hours
-            settings = listwise_settings(spec, bundle.sha256)
-            plan = plan_listwise(folder, job, settings, may_differ=may_differ)
-            handover = read_handover(folder, spec.depth)
-            ranker = open_ranker(bundle, spec, job.execution.device)
-        retract_report(folder)
-        total = handover.report["queries"]["written"]
-        stage = _Stage(job, spec, ranker, tally, lambda done: advance(done, total))
-        *others, last = handover.parts
-        for stem in others:
-            stage.publish(folder, stem)
-        stage.publish(folder, last, lambda: tally.check(handover.report))
-        replan(folder, plan)
-    found = {"device": ranker.device, "precision": ranker.precision, **tally.to_json()}
-    return {
-        "status": TOO_MANY_FAILED if _too_many_failed(spec, tally) else "ok",
-        **handover.report,
-        "outputs": [published_names(stem)["run"] for stem in handover.parts],
-        "listwise": {**settings, "max_failed_windows": str(spec.max_failed_windows), **found},
-    }
+def groups_of(
+    outputs: Sequence[PlannedOutput], commits: Mapping[str, Commit], ledger: Ledger
+) -> list[list[Group]]:
+    """The shards of stage 2, output by output, from the commits of stage 1 by shard."""
+    found = []
+    for output in outputs:
+        shards = output.shards
+        together = grouped(shards, lambda s: s.n_queries, most=len(shards), limit=LEAST_QUERIES)
+        found.append([_group([commits[s.key] for s in some], ledger) for some in together])
+    return found
 
 
-def _too_many_failed(spec: ListwiseSpec, tally: ListwiseTally) -> bool:
-    return tally.windows["failed"] > spec.failures_allowed(tally.windows.total())
+def _group(commits: Sequence[Commit], ledger: Ledger) -> Group:
+    parts = [commit.files["part"] for commit in commits]
+    sha256 = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+    queries = sum(commit.counts["queries"]["written"] for commit in commits)
+    return Group(commits[0].shard, queries, tuple(map(ledger.path_of, parts)), sha256)
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
-    """What every output of a job shares."""
+class Stage:
+    """What every shard of a job shares."""
 
-    job: JobSpec
     spec: ListwiseSpec
     ranker: Ranker
-    tally: ListwiseTally
-    advance: Callable[[float], None]  # queries done
+    ledger: Ledger
+    fingerprint: str
+    watch: Watch
+    poison: Poison
 
-    def publish(self, folder: Path, stem: str, check: Callable[[], None] = lambda: None) -> None:
-        """Write one output: once `check` is content its transcripts, its results, its run."""
-        with (
-            run_writer(folder, stem, self.job.output.tag, RERANKED_SCHEMA) as write,
-            transcript_writer(folder, stem) as record,
-        ):
-            for wave in self._waves(part_path(folder, stem)):
-                with self.tally.timed("rank"):
-                    advance = partial(self._advance, self.tally.queries, len(wave))
-                    courses = rerank(wave, self.spec, self.ranker, advance)
-                with self.tally.timed("write"):
+    def run(self, todo: Sequence[Group], done: int, total: int) -> list[Commit]:
+        """Re-rank and commit shards; `done` of `total` queries are committed already."""
+        commits = []
+        for group in todo:
+            self.watch.check()
+            self.watch.shard(STAGE, group.key)
+            commits.append(self._shard(group, done, total))
+            done += group.queries
+        return commits
+
+    def _shard(self, group: Group, done: int, total: int) -> Commit:
+        """Re-rank a shard to its end, and commit it."""
+        tally = ListwiseTally()
+        part = self.ledger.new_file("parts", group.key, self.fingerprint)
+        notes = self.ledger.new_file("parts", group.key, self.fingerprint, ".transcripts")
+        with part_writer(part, RERANKED_SCHEMA) as write, transcript_writer(notes) as record:
+            for wave, poison in self._waves(group, tally):
+                advance = partial(self._advance, total, done + tally.queries, len(wave))
+                with tally.timed("rank"):
+                    courses = rerank(wave, self.spec, self.ranker, advance, poison)
+                with tally.timed("write"):
                     for course in courses:
-                        self._finish(course, write, record)
-            check()
+                        _finish(course, tally, write, record)
+        if tally.queries != group.queries:
+            raise AssertionError(f"{tally.queries} queries of {group.queries} were re-ranked")
+        return self.ledger.commit(
+            STAGE,
+            group.key,
+            fingerprint=self.fingerprint,
+            input_sha256=group.sha256,
+            files={"part": part, "transcripts": notes},
+            counts=tally.to_json(),
+        )
 
-    def _waves(self, path: Path) -> Iterator[list[RankedList]]:
-        most = self.ranker.wave_queries
-        waves = grouped(read_part(path), list_size, most=most, limit=WAVE_BYTES)
+    def _waves(
+        self, group: Group, tally: ListwiseTally
+    ) -> Iterator[tuple[list[RankedList], frozenset[int]]]:
+        """Lists that go together, and which of them the model is not shown."""
+        poison = self.poison.get(f"{STAGE}/{group.key}", NOTHING)
+        most, first = self.ranker.wave_queries, 0
+        waves = grouped(lists_of(group), list_size, most=most, limit=WAVE_BYTES)
         while True:
-            with self.tally.timed("read"):
+            with tally.timed("read"):
                 wave = next(waves, None)
             if wave is None:
                 return
-            yield wave
+            yield wave, frozenset(n - first for n in poison if first <= n < first + len(wave))
+            first += len(wave)
 
-    def _advance(self, queries_before: int, queries: int, share: float) -> None:
-        self.advance(queries_before + share * queries)
+    def _advance(self, total: int, before: int, queries: int, share: float) -> None:
+        self.watch.check()
+        self.watch.advance(STAGE, before + share * queries, total)
 
-    def _finish(self, course: Course, write: Write, record: Callable[[Transcript], None]) -> None:
-        ranking = course.ranking()
-        write(ranking)
-        self.tally.ranked(ranking)
-        for transcript in course.transcripts:
-            record(transcript)
-            self.tally.answered(transcript.permutation)
+
+def lists_of(group: Group) -> Iterator[RankedList]:
+    """The lists of a shard in order."""
+    for part in group.parts:
+        yield from read_part(part)
+
+
+def _finish(
+    course: Course,
+    tally: ListwiseTally,
+    write: Callable[..., None],
+    record: Callable[[Transcript], None],
+) -> None:
+    ranking = course.ranking()
+    write(ranking)
+    tally.ranked(ranking)
+    for transcript in course.transcripts:
+        record(transcript)
+        tally.answered(transcript.permutation)

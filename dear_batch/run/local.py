@@ -1,57 +1,72 @@
-"""Runs a job on this machine: stage 1, and stage 2 where the job has one, never both at once.
+"""Runs a job on this machine: plan, stage 1, stage 2 where the job has one, publish.
 
-A job of one stage publishes its rankings. One of two leaves them in `parts/`, releases the
-scorer, and stage 2 goes on from there, in the same process or in another.
+Whatever is committed stays: running a job again is how it is resumed. A finished job run again
+changes nothing. The two models are never loaded at once.
 """
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from dear_batch.bundle import Bundle, open_bundle
-from dear_batch.data import RankedList, Ranking
 from dear_batch.errors import UsageError
-from dear_batch.files.durable import scratch_folder, writing
-from dear_batch.files.parts import part_writer
-from dear_batch.files.results import published_names, quarantine_writer, run_writer
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run.admission import Admitted
+from dear_batch.run import listwise, outcome, pointwise
 from dear_batch.run.folder import (
+    PLAN,
     check_folder,
-    claim_folder,
-    listwise_settings,
-    retract_report,
+    clear,
+    finished,
+    locked,
+    refuse_other_job,
+    write_json,
 )
-from dear_batch.run.handover import part_path, write_handover
-from dear_batch.run.listwise import prepare, run_listwise
-from dear_batch.run.plan import Plan, plan_job
-from dear_batch.run.pointwise import HandOn, Stage
-from dear_batch.run.report import Tally, write_report
+from dear_batch.run.identity import asked, listwise_runtime, pointwise_runtime
+from dear_batch.run.inputs import Hashes, check_pins, recorded, recorded_of_source
+from dear_batch.run.ledger import Commit, Ledger, discard, temporaries
+from dear_batch.run.plan import Plan
+from dear_batch.run.planning import (
+    Wanted,
+    fitting_plan,
+    new_plan,
+    no_stage_one,
+    outline,
+    plan_again,
+    wanted_now,
+    with_runtime,
+)
+from dear_batch.run.pointwise import Poison
+from dear_batch.run.publish import Finished, publish
+from dear_batch.run.report import Stopwatch
+from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec, ListwiseSpec
 
-Advance = Callable[[str, float, int], None]  # (stage, queries done, queries in all)
 Stages = Literal["all", "pointwise", "listwise"]
-OUTSTANDING = "listwise-outstanding"  # the status of a report
+Fields = dict[str, Any]
+Commits = dict[str, Commit]  # by shard
 
 
 def run_job(
     spec: JobSpec,
-    advance: Advance = lambda _stage, _done, _total: None,
+    watch: Watch | None = None,
     *,
     stage: Stages = "all",
-) -> dict[str, Any]:
+    restart: bool = False,
+    poison: Poison | None = None,
+) -> Fields:
     """Rerank all inputs of a spec and publish the output folder; returns the report.
 
     With `stage` "pointwise" a job of two stages ends with its parts, with "listwise" it
-    begins with those that lie in the folder.
+    begins with those that lie in the folder. `restart` forgets what an earlier run, of this
+    job or another one, left in the folder. `poison` names what kills the process, by
+    "<stage>/<shard>": ordinals of scored candidates (pointwise) or of lists (listwise).
 
     Raises:
-        InputError, OutputError, TrustError, ConfigurationError, UsageError: before anything
-            is published; see each step.
+        InputError, OutputError, TryAgainError, TrustError, ConfigurationError, UsageError:
+            see each step. Nothing is published then; what is committed stays.
     """
     if spec.listwise is None and stage != "all":
         raise UsageError(
@@ -60,73 +75,253 @@ def run_job(
         )
     folder = Path(spec.output.folder)
     check_folder(folder)
-    if spec.listwise is None:
-        report = {"status": "ok", **_pointwise(spec, advance, stage)}
-    else:
-        report = _two_stages(spec, spec.listwise, advance, stage)
-    write_report(folder, report)
-    return report
+    with locked(folder):
+        job = Job(spec, watch or Watch(), stage, poison or {})
+        try:
+            return job.run(restart=restart)
+        except Exception as error:
+            outcome.failed(folder, error, job.phase)
+            raise
 
 
-def _two_stages(
-    spec: JobSpec, listwise: ListwiseSpec, advance: Advance, stage: Stages
-) -> dict[str, Any]:
-    if stage != "listwise":
-        fields = _pointwise(spec, advance, stage)
-        gc.collect()  # the scorer is gone before the other model comes
-        if stage == "pointwise":
-            return {"status": OUTSTANDING, **fields, "outputs": []}
-    return run_listwise(
-        spec, listwise, partial(advance, "listwise"), may_differ=stage == "listwise"
-    )
+@dataclass
+class Job:
+    """One attempt at a job, by the holder of its folder's lock."""
 
+    spec: JobSpec
+    watch: Watch
+    stage: Stages
+    poison: Poison
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    phase: str = "check"
 
-def _pointwise(spec: JobSpec, advance: Advance, stage: Stages) -> dict[str, Any]:
-    """Plan, claim the folder, run stage 1; whatever would refuse stage 2 refuses here."""
-    folder = Path(spec.output.folder)
-    tally = Tally()
-    # A refused job makes no folders: its scratch lies where folders exist already.
-    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    with tally.timed("total"), scratch_folder(place / folder.absolute().name) as scratch:
-        with tally.timed("plan"):
-            plan = plan_job(spec, scratch)
-        with tally.timed("load"):
-            settings = _listwise_settings(spec, stage)
-            bundle, encoder, scorer = _load(spec)
-        alone = stage == "pointwise"
-        claim_folder(folder, plan, spec, bundle.sha256, settings, may_differ=alone)
-        retract_report(folder)
+    @cached_property
+    def ledger(self) -> Ledger:
+        """What is committed in the output folder."""
+        return Ledger(Path(self.spec.output.folder))
+
+    def run(self, *, restart: bool) -> Fields:
+        """Do what is not done yet; returns the report."""
+        folder = self.ledger.folder
+        self._begin("check")
+        for path in temporaries(folder):
+            discard(path)
+        if restart:
+            clear(folder, outcome.published_by(folder))
+        wanted = wanted_now(self.spec, self.stage, folder)
+        manifest = finished(folder)
+        if manifest and self._is_done(manifest, wanted):
+            return outcome.again(self.spec, folder)
+        with self.clock.timed("total"):
+            return self._work(wanted)
+
+    def _begin(self, phase: str) -> None:
+        self.phase = phase
+        self.watch.phase(phase)
+        self.watch.check()
+
+    def _is_done(self, manifest: Fields, wanted: Wanted) -> bool:
+        """Whether what is published is what is wanted; another job is refused."""
+        compared: Fields = {"job": wanted.job}
+        if self.stage != "pointwise":
+            compared["listwise"] = wanted.listwise
+        is_other_stage = manifest["listwise"] != wanted.listwise
+        if self.stage == "listwise" and manifest["job"] == wanted.job and is_other_stage:
+            return False
+        refuse_other_job(self.ledger.folder, manifest, compared, again=self.stage == "all")
+        recorded_runtime = manifest["runtime"]["pointwise"]
+        runtime = {**recorded_runtime, **asked(self.spec.execution)}
+        if self.stage != "listwise":
+            refuse_other_job(
+                self.ledger.folder, {"runtime": recorded_runtime}, {"runtime": runtime}
+            )
+        return True
+
+    def _work(self, wanted: Wanted) -> Fields:
+        """Plan, go through the stages, publish."""
+        folder = self.ledger.folder
+        self._begin("plan")
+        plan: Plan | None = None
+        with self.clock.timed("plan"):
+            fields = fitting_plan(folder, wanted, self.stage)
+            if fields is None:
+                plan, fields = new_plan(self.spec, wanted, self.ledger, self.watch)
+        commits = self._kept(fields)
+        if self.stage != "listwise":
+            fields, commits = self._stage_one(fields, plan, wanted, commits)
+            gc.collect()  # the scorer is gone before the other model comes
+        if self.stage == "pointwise":
+            return outcome.outstanding(self.spec, folder, fields, commits, self.clock)
+        if len(commits) < n_shards(fields):
+            raise no_stage_one(folder)
+        found: Commits | None = None
+        if self.spec.listwise:
+            fields, found = self._stage_two(fields, commits, self.spec.listwise, wanted)
+        return self._publish(fields, commits, found, wanted)
+
+    def _kept(self, fields: Fields) -> Commits:
+        """The commits of the first stage that hold."""
+        fingerprint = fields["fingerprints"]["pointwise"]
+        found: Commits = {}
+        if fingerprint:
+            for shard in (shard for output in outline(fields) for shard in output.shards):
+                known = recorded_of_source(self.ledger, shard.inputs)
+                commit = known and self.ledger.kept(pointwise.STAGE, shard.key, fingerprint, known)
+                if commit:
+                    found[shard.key] = commit
+                self.watch.check()
+        return found
+
+    def _stage_one(
+        self, fields: Fields, plan: Plan | None, wanted: Wanted, commits: Commits
+    ) -> tuple[Fields, Commits]:
+        """Score what is not committed; whatever would refuse stage 2 refuses before."""
+        execution = self.spec.execution
+        if self.spec.listwise and (self.stage == "all" or Path(self.spec.listwise.bundle).is_dir()):
+            listwise.prepare(self.spec.listwise, execution.device, paranoid=execution.paranoid)
+        if len(commits) == n_shards(fields):
+            return fields, commits
+        self._begin("load")
+        with self.clock.timed("load"):
+            bundle, encoder, scorer = load_pointwise(self.spec)
+        fields = self._with_runtime(fields, pointwise.STAGE, pointwise_runtime(bundle, scorer))
+        plan = plan or plan_again(fields, wanted, self.ledger, self.watch)
+        todo = [(source, shard) for source, shard in plan.shards if shard.key not in commits]
         total = sum(output.n_queries for output in plan.outputs)
-        with quarantine_writer(folder) as refuse:
-            progress = partial(_advance, advance, total)
-            job = Stage(spec, encoder, scorer, tally, refuse, progress)
-            for output in plan.outputs:
-                with _sink(spec, folder, output.stem) as hand_on:
-                    job.rank(output, hand_on)
-    report = _report(plan, bundle, scorer, tally)
-    if spec.listwise:
-        write_handover(folder, [o.stem for o in plan.outputs], spec.listwise.depth, report)
-    return report
+        done = total - sum(shard.n_queries for _, shard in todo)
+        self._begin(pointwise.STAGE)
+        self.watch.advance(pointwise.STAGE, done, total)
+        with Hashes(wanted.pins, self.ledger) as hashes:
+            stage = pointwise.Stage(
+                self.spec,
+                plan,
+                encoder,
+                scorer,
+                self.ledger,
+                hashes,
+                fields["fingerprints"][pointwise.STAGE],
+                self.watch,
+                self.poison,
+            )
+            new = {commit.shard: commit for commit in stage.run(todo, done, total)}
+            hashes.check()
+        return fields, commits | new
+
+    def _stage_two(
+        self, fields: Fields, commits: Commits, spec: ListwiseSpec, wanted: Wanted
+    ) -> tuple[Fields, Commits]:
+        """Re-rank what is not committed."""
+        if fields["listwise"] != wanted.listwise:
+            fields = self._other_listwise({**fields, "listwise": wanted.listwise})
+        groups = listwise.groups_of(outline(fields), commits, self.ledger)
+        flat = [group for some in groups for group in some]
+        kept = self._kept_listwise(fields, flat)
+        if len(kept) == len(flat):
+            return fields, kept
+        self._begin("load listwise")
+        with self.clock.timed("load listwise"):
+            execution = self.spec.execution  # anew: stage 1 may have taken hours
+            bundle = listwise.prepare(spec, execution.device, paranoid=execution.paranoid)
+            ranker = listwise.open_ranker(bundle, spec, execution.device)
+        runtime = listwise_runtime(ranker)
+        if self.stage == "listwise" and fields["runtime"]["listwise"] not in (None, runtime):
+            fields, kept = self._other_listwise(fields), {}
+        before = fields["fingerprints"][pointwise.STAGE]
+        fields = self._with_runtime(fields, listwise.STAGE, runtime, before)
+        self._begin(listwise.STAGE)
+        stage = listwise.Stage(
+            spec,
+            ranker,
+            self.ledger,
+            fields["fingerprints"][listwise.STAGE],
+            self.watch,
+            self.poison,
+        )
+        todo = [group for group in flat if group.key not in kept]
+        total = sum(group.queries for group in flat)
+        done = total - sum(group.queries for group in todo)
+        self.watch.advance(listwise.STAGE, done, total)
+        return fields, kept | {commit.shard: commit for commit in stage.run(todo, done, total)}
+
+    def _kept_listwise(self, fields: Fields, groups: list[listwise.Group]) -> Commits:
+        fingerprint = fields["fingerprints"]["listwise"]
+        found: Commits = {}
+        for group in groups if fingerprint else ():
+            commit = self.ledger.kept(listwise.STAGE, group.key, fingerprint, group.sha256)
+            if commit:
+                found[group.key] = commit
+            self.watch.check()
+        return found
+
+    def _other_listwise(self, fields: Fields) -> Fields:
+        """Plan another second stage over the same first one."""
+        self.ledger.drop(listwise.STAGE)
+        fields = {
+            **fields,
+            "runtime": {**fields["runtime"], "listwise": None},
+            "fingerprints": {**fields["fingerprints"], "listwise": None},
+        }
+        write_json(self.ledger.folder / PLAN, fields)
+        return fields
+
+    def _with_runtime(
+        self, fields: Fields, stage: str, runtime: Fields, before: str = ""
+    ) -> Fields:
+        """Pin what computes a stage, or see that it is what began it."""
+        known = fields["runtime"][stage]
+        if known is None:
+            fields = with_runtime(fields, stage, runtime, before)
+            write_json(self.ledger.folder / PLAN, fields)
+        else:
+            refuse_other_job(self.ledger.folder, {"runtime": known}, {"runtime": runtime})
+        return fields
+
+    def _publish(
+        self, fields: Fields, commits: Commits, found: Commits | None, wanted: Wanted
+    ) -> Fields:
+        folder = self.ledger.folder
+        self._begin("publish")
+        if self.stage != "listwise":
+            check_pins(wanted.pins)
+        outputs = []
+        groups = listwise.groups_of(outline(fields), commits, self.ledger)
+        for planned, some in zip(outline(fields), groups, strict=True):
+            first = [commits[shard.key] for shard in planned.shards]
+            second = None if found is None else [found[group.key] for group in some]
+            outputs.append(Finished(planned.stem, first, second))
+        report = outcome.report(self.spec, fields, outputs, self.clock, self.ledger.attempt)
+        inputs = [
+            {**pin, "sha256": recorded(self.ledger, number)}
+            for number, pin in enumerate(fields["job"]["inputs"])
+        ]
+        manifest = outcome.manifest(fields, inputs, outputs, report)
+        publish(
+            self.ledger,
+            outputs,
+            self.spec.output.tag,
+            report=report,
+            manifest=manifest,
+            beat=self.watch.check,
+        )
+        outcome.record(folder, report)
+        for path in [*self.ledger.orphans()]:
+            discard(path)
+        return report
 
 
-def _advance(advance: Advance, total: int, done: float) -> None:
-    advance("pointwise", done, total)
+def n_shards(fields: Fields) -> int:
+    """The shards of the first stage of a plan."""
+    return sum(len(output.shards) for output in outline(fields))
 
 
-def _listwise_settings(spec: JobSpec, stage: Stages) -> dict[str, Any] | None:
-    if spec.listwise is None:
-        return None
-    if stage == "pointwise":  # another machine may run the other stage, and have its bundle
-        if Path(spec.listwise.bundle).is_dir():
-            open_bundle(spec.listwise.bundle, task="listwise", verify=False)
-        return listwise_settings(spec.listwise, None)
-    bundle = prepare(spec.listwise, spec.execution.device)
-    return listwise_settings(spec.listwise, bundle.sha256)
+def load_pointwise(spec: JobSpec) -> tuple[Bundle, PairEncoder, Scorer]:
+    """Load the first stage's model, every file checked.
 
-
-def _load(spec: JobSpec) -> tuple[Bundle, PairEncoder, Scorer]:
-    bundle = open_bundle(spec.pointwise.bundle, task="pointwise")
+    Raises:
+        TrustError, ConfigurationError: see `open_bundle` and `open_scorer`.
+    """
     execution = spec.execution
+    bundle = open_bundle(spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid)
     scorer = open_scorer(
         bundle,
         engine=execution.engine,
@@ -135,39 +330,3 @@ def _load(spec: JobSpec) -> tuple[Bundle, PairEncoder, Scorer]:
         batch_tokens=execution.batch_tokens,
     )
     return bundle, PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe), scorer
-
-
-@contextmanager
-def _sink(spec: JobSpec, folder: Path, stem: str) -> Iterator[HandOn]:
-    """Where the rankings of an output go: into its run, or into its part for stage 2."""
-    if spec.listwise is None:
-        with run_writer(folder, stem, spec.output.tag) as write:
-            yield lambda _admitted, ranking: write(ranking)
-        return
-    depth, path = spec.listwise.depth, part_path(folder, stem)
-    with writing(path.parent):
-        path.parent.mkdir(exist_ok=True)
-    with part_writer(path) as leave:
-        yield lambda admitted, ranking: leave(_with_text(admitted, ranking, depth))
-
-
-def _with_text(admitted: Admitted, ranking: Ranking, depth: int) -> RankedList:
-    texts = {c.docid: (c.title, c.text or "") for c in admitted.candidates}
-    passages = tuple(texts[entry.docid] for entry in ranking.entries[:depth])
-    return RankedList(admitted.query, ranking, passages)
-
-
-def _report(plan: Plan, bundle: Bundle, scorer: Scorer, tally: Tally) -> dict[str, Any]:
-    layout = scorer.layout
-    return {
-        "inputs": [file.path for file in plan.inputs],
-        "outputs": [published_names(output.stem)["run"] for output in plan.outputs],
-        "bundle": str(bundle.folder),
-        "bundle_sha256": bundle.sha256,
-        "engine": scorer.engine,
-        "device": scorer.device,
-        "precision": bundle.manifest.precision,
-        "row_tokens": layout.row_tokens if layout.packed else None,
-        "batch_tokens": layout.batch_tokens,
-        **tally.to_json(),
-    }

@@ -6,32 +6,40 @@ anything is scored.
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from dear_batch.data import Shard
 from dear_batch.errors import InputError, UsageError
 from dear_batch.files.parquet import InputFile, RowReader, open_input, qid_runs
+from dear_batch.files.places import Places
 from dear_batch.files.regroup import distinct_qids, regroup, repeated_qids
 from dear_batch.run.admission import can_be_scored
 from dear_batch.specs import JobSpec
 
-# Text of a shard, uncompressed. A shard is what a crash loses and what a worker takes.
+# Text of a shard, uncompressed. A shard is what a crash loses and what a worker takes: small
+# jobs get small ones, so that minutes are lost on a CPU too, and large jobs no millions of them.
 SHARD_BYTES = 16 << 20
+LEAST_SHARD_BYTES = 512 << 10
+SHARDS = 256  # aimed at between these bounds
+
+Regroup = Callable[[int, Sequence[str]], Path]  # (number of the output, its files)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An input file as it is read, and what to call it to the user.
+    """An input file as it is read.
 
     `kept_rows`: for each qid that has several lists in the output, the row of the one to keep,
     or None where that lies in another file. `regrouped`: it was written by the job from
-    scattered rows, so its rows mean nothing to the user.
+    scattered rows. `inputs` are the numbers of the inputs that it was made from.
     """
 
     file: InputFile
-    name: str
+    inputs: tuple[int, ...]
     regrouped: bool = False
     kept_rows: dict[str, int | None] = field(default_factory=dict)
 
@@ -57,29 +65,79 @@ class Plan:
     inputs: tuple[InputFile, ...]
     outputs: tuple[Output, ...]
 
+    @property
+    def shards(self) -> Iterator[tuple[Source, Shard]]:
+        """All shards of all outputs in order."""
+        for output in self.outputs:
+            for source, shards in zip(output.sources, output.shards, strict=True):
+                yield from ((source, shard) for shard in shards)
 
-def plan_job(spec: JobSpec, scratch: Path) -> Plan:
-    """Open, check and divide all inputs; scattered flat rows are regrouped into `scratch`.
+    def places(self, source: Source) -> Places:
+        """Where the rows of a source stand in the user's files."""
+        return Places([self.inputs[i] for i in source.inputs])
+
+
+def open_inputs(spec: JobSpec) -> tuple[InputFile, ...]:
+    """Open all inputs by their footers, and see that they go together.
 
     Raises:
         InputError: no input, an unreadable one, mixed layouts, or interpolation without
             first-stage scores.
-        UsageError: `run_per_input` with two inputs of one name.
     """
     files = tuple(open_input(path) for path in expand(spec.input.paths))
     _check_together(files, spec)
-    groups = [(file,) for file in files] if spec.output.run_per_input else [files]
-    stems = [Path(file.path).stem for file in files] if spec.output.run_per_input else ["run"]
+    return files
+
+
+def plan_job(
+    spec: JobSpec,
+    scratch: Path,
+    *,
+    files: Sequence[InputFile] | None = None,
+    regrouped: Regroup | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> Plan:
+    """Check and divide all inputs; scattered flat rows are brought together.
+
+    Args:
+        spec: the job.
+        scratch: a folder for temporary files.
+        files: its inputs, where they are open already.
+        regrouped: gives the regrouped file of an output; by default it is made in `scratch`.
+        beat: called all the while; may raise.
+
+    Raises:
+        InputError: as `open_inputs`, and where a qid column cannot be read.
+        UsageError: `run_per_input` with two inputs of one name.
+    """
+    found = tuple(open_inputs(spec) if files is None else files)
+    together = [tuple(range(len(found)))]
+    groups = [(i,) for i in together[0]] if spec.output.run_per_input else together
+    stems = [Path(file.path).stem for file in found] if spec.output.run_per_input else ["run"]
     if len(set(stems)) < len(stems):
         raise UsageError(
             "Two inputs have the same file name, so their run files would too.",
             where=", ".join(sorted({stem for stem in stems if stems.count(stem) > 1})),
             valid="one file name an input with --run-per-input",
         )
-    outputs = (
-        _plan_output(stem, group, scratch) for stem, group in zip(stems, groups, strict=True)
-    )
-    return Plan(files, tuple(outputs))
+    planner = _Planner(found, scratch, regrouped or _regroup_into(scratch, beat), beat)
+    outputs = (planner.output(stem, group) for stem, group in zip(stems, groups, strict=True))
+    return Plan(found, tuple(outputs))
+
+
+def _regroup_into(scratch: Path, beat: Callable[[], None]) -> Regroup:
+    def make(number: int, paths: Sequence[str]) -> Path:
+        out = scratch / f"{number:05d}.parquet"
+        regroup(paths, out, beat=beat)
+        return out
+
+    return make
+
+
+def shard_bytes(files: Iterable[InputFile]) -> int:
+    """The size of the shards of a job with these inputs."""
+    total = sum(file.row_bytes * file.n_rows for file in files)
+    return min(SHARD_BYTES, max(LEAST_SHARD_BYTES, total // SHARDS))
 
 
 def expand(patterns: Sequence[str], *, may_be_gone: bool = False) -> list[str]:
@@ -124,31 +182,63 @@ def _check_together(files: tuple[InputFile, ...], spec: JobSpec) -> None:
         )
 
 
-def _plan_output(stem: str, files: tuple[InputFile, ...], scratch: Path) -> Output:
-    if files[0].layout == "nested":
-        sources = _nested_sources(files, scratch)
-    else:
-        sources = _flat_sources(stem, files, scratch)
-    shards = tuple(tuple(cut(source.file, i)) for i, source in enumerate(sources))
-    return Output(stem, sources, shards)
+class _Planner:
+    """Divides the inputs of a job, output after output; sources are numbered through all."""
 
+    def __init__(
+        self,
+        files: tuple[InputFile, ...],
+        scratch: Path,
+        regrouped: Regroup,
+        beat: Callable[[], None],
+    ) -> None:
+        self._files, self._scratch, self._regrouped, self._beat = files, scratch, regrouped, beat
+        self._shard_bytes = shard_bytes(files)
+        self._outputs, self._sources = count(), count()
 
-def _nested_sources(files: tuple[InputFile, ...], scratch: Path) -> tuple[Source, ...]:
-    kept = repeated_qids([file.path for file in files], beside=scratch / "qids")
-    if kept:
-        kept |= _first_that_can_be_scored(files, frozenset(kept))
-    return tuple(
-        Source(
-            file,
-            file.path,
-            kept_rows={qid: row if at == i else None for qid, (at, row) in kept.items()},
+    def output(self, stem: str, group: tuple[int, ...]) -> Output:
+        """Plan the output of a group of inputs, given by their numbers."""
+        number = next(self._outputs)
+        if self._files[0].layout == "nested":
+            sources = self._nested(group)
+        else:
+            sources = self._flat(number, group)
+        shards = tuple(
+            tuple(cut(source.file, next(self._sources), self._shard_bytes)) for source in sources
         )
-        for i, file in enumerate(files)
-    )
+        return Output(stem, sources, shards)
+
+    def _nested(self, group: tuple[int, ...]) -> tuple[Source, ...]:
+        files = tuple(self._files[i] for i in group)
+        paths = [file.path for file in files]
+        kept = repeated_qids(paths, beside=self._scratch / "qids", beat=self._beat)
+        if kept:
+            kept |= _first_that_can_be_scored(files, frozenset(kept), self._beat)
+        return tuple(
+            Source(
+                file,
+                (number,),
+                kept_rows={qid: row if at == i else None for qid, (at, row) in kept.items()},
+            )
+            for i, (number, file) in enumerate(zip(group, files, strict=True))
+        )
+
+    def _flat(self, number: int, group: tuple[int, ...]) -> tuple[Source, ...]:
+        """The files themselves where every query's rows are contiguous, else one regrouped."""
+        files = [self._files[i] for i in group]
+        paths = [file.path for file in files]
+        runs = 0
+        for file in files:
+            runs += sum(1 for qid, _, _ in qid_runs(file) if qid is not None)
+            self._beat()
+        if runs == distinct_qids(paths, beside=self._scratch / "qids", beat=self._beat):
+            return tuple(Source(file, (i,)) for i, file in zip(group, files, strict=True))
+        made = open_input(self._regrouped(number, paths))
+        return (Source(made, group, regrouped=True),)
 
 
 def _first_that_can_be_scored(
-    files: tuple[InputFile, ...], qids: frozenset[str]
+    files: tuple[InputFile, ...], qids: frozenset[str], beat: Callable[[], None]
 ) -> dict[str, tuple[int, int]]:
     """(file, row) of the first sound list of each qid; decided here, so that shards stay pure."""
     found: dict[str, tuple[int, int]] = {}
@@ -157,26 +247,16 @@ def _first_that_can_be_scored(
             for item in reader.read(0, file.n_rows):
                 if item.qid in qids and item.qid not in found and can_be_scored(item):
                     found[item.qid] = (at, item.row)
+                beat()
     return found
 
 
-def _flat_sources(stem: str, files: tuple[InputFile, ...], scratch: Path) -> tuple[Source, ...]:
-    """The files themselves where every query's rows are contiguous, else one regrouped file."""
-    paths = [file.path for file in files]
-    runs = sum(1 for file in files for qid, _, _ in qid_runs(file) if qid is not None)
-    if runs == distinct_qids(paths, beside=scratch / "qids"):
-        return tuple(Source(file, file.path) for file in files)
-    out = scratch / f"{stem}.parquet"
-    regroup(paths, out)
-    return (Source(open_input(out), ", ".join(paths), regrouped=True),)
+def cut(file: InputFile, number: int, size: int) -> Iterator[Shard]:
+    """Divide a file at query boundaries into shards of about `size` bytes of text.
 
-
-def cut(file: InputFile, number: int) -> Iterator[Shard]:
-    """Divide a file at query boundaries into shards of about `SHARD_BYTES`.
-
-    `number` is the file's place among its output's, so that keys differ where names do not.
+    `number` is the source's place in the job, so that keys differ where names do not.
     """
-    target = max(1, SHARD_BYTES // file.row_bytes)
+    target = max(1, size // file.row_bytes)
     first, rows, queries = 0, 0, 0
     for _, start, length in _boundaries(file):
         rows, queries = start + length - first, queries + 1
@@ -194,5 +274,53 @@ def _boundaries(file: InputFile) -> Iterable[tuple[object, int, int]]:
 
 
 def _shard(file: InputFile, number: int, first: int, rows: int, queries: int) -> Shard:
-    key = f"{number:05d}-{Path(file.path).stem}-{first:010d}"
-    return Shard(file.path, first, rows, queries, key)
+    return Shard(file.path, first, rows, queries, f"{number:05d}-{first:012d}")
+
+
+def outputs_to_json(plan: Plan) -> list[dict[str, Any]]:
+    """The outputs of a plan as `outputs_from_json` reads them."""
+    return [
+        {
+            "stem": output.stem,
+            "queries": output.n_queries,
+            "sources": [
+                {
+                    "inputs": source.inputs,
+                    "regrouped": source.regrouped,
+                    "kept_rows": source.kept_rows,
+                    "shards": [_shard_fields(shard) for shard in shards],
+                }
+                for source, shards in zip(output.sources, output.shards, strict=True)
+            ],
+        }
+        for output in plan.outputs
+    ]
+
+
+def _shard_fields(shard: Shard) -> dict[str, Any]:
+    fields = asdict(shard)
+    del fields["path"]
+    return fields
+
+
+def outputs_from_json(
+    outputs: Sequence[dict[str, Any]], files: Sequence[InputFile], regrouped: Regroup
+) -> Plan:
+    """The plan that an earlier attempt wrote for the same inputs, without reading them again."""
+    return Plan(
+        tuple(files),
+        tuple(_output_from_json(i, fields, files, regrouped) for i, fields in enumerate(outputs)),
+    )
+
+
+def _output_from_json(
+    number: int, fields: dict[str, Any], files: Sequence[InputFile], regrouped: Regroup
+) -> Output:
+    sources, shards = list[Source](), list[tuple[Shard, ...]]()
+    for item in fields["sources"]:
+        inputs = tuple(item["inputs"])
+        paths = [files[i].path for i in inputs]
+        file = open_input(regrouped(number, paths)) if item["regrouped"] else files[inputs[0]]
+        sources.append(Source(file, inputs, item["regrouped"], item["kept_rows"]))
+        shards.append(tuple(Shard(path=file.path, **shard) for shard in item["shards"]))
+    return Output(fields["stem"], tuple(sources), tuple(shards))

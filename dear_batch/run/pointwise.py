@@ -1,107 +1,230 @@
-"""Stage 1: scores the shards of an output and ranks its lists, one after the other.
+"""Stage 1: scores the shards of a job that are not committed yet, and ranks their lists.
 
-The reader thread opens, admits and tokenises ahead; this thread scores and ranks. What becomes
-of a ranking is the caller's affair.
+The reader thread opens, admits and tokenises ahead, across shards; this thread scores, ranks
+and commits. A shard's part is a pure function of its rows, the engine and the poison in it.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 
-from dear_batch.data import CandidateList, Ranking, Refusal, ScoredList
+from dear_batch.data import CandidateList, Ranking, Refusal, ScoredList, Shard
 from dear_batch.files.parquet import RowReader
+from dear_batch.files.parts import RANKED_SCHEMA, TEXT_SCHEMA, part_writer
+from dear_batch.files.places import Places
+from dear_batch.files.results import write_quarantine
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer
-from dear_batch.run.admission import REASONS, Admission, Admitted
+from dear_batch.run.admission import SKIPPED, Admission, Admitted
 from dear_batch.run.blocks import Block, ahead, blocks, score_block
-from dear_batch.run.plan import Output
+from dear_batch.run.inputs import Hashes
+from dear_batch.run.ledger import Commit, Ledger
+from dear_batch.run.plan import Plan, Source
 from dear_batch.run.ranking import rank
 from dear_batch.run.report import Tally
+from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec
 
-HandOn = Callable[[Admitted, Ranking], None]
+STAGE = "pointwise"
+Poison = Mapping[str, frozenset[int]]
+Todo = tuple[Source, Shard]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A block of a shard, or at its end None, with what was read for it."""
+
+    source: Source
+    shard: Shard
+    block: Block | None
+    candidates: int
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What every output of a job shares."""
+    """What every shard of a job shares."""
 
     spec: JobSpec
+    plan: Plan
     encoder: PairEncoder
     scorer: Scorer
-    tally: Tally
-    refuse: Callable[[Refusal], None]
-    advance: Callable[[float], None]  # queries done
+    ledger: Ledger
+    hashes: Hashes
+    fingerprint: str
+    watch: Watch
+    poison: Poison
 
-    def rank(self, output: Output, hand_on: HandOn) -> None:
-        """Score one output's shards and hand on its rankings in order."""
-        for name, block in self._read_ahead(output):
-            queries = self.tally.queries
-            advance = partial(self._advance, queries.written + queries.quarantined, block)
-            with self.tally.timed("score"):
-                scored_lists = score_block(block, self.scorer, self.tally.work, advance)
-            with self.tally.timed("write"):
-                for refusal in block.refusals:
-                    self._set_aside(refusal)
-                for admitted, scored in zip(block.lists, scored_lists, strict=True):
-                    self._finish(admitted, scored, name, hand_on)
-            self._advance(queries.written + queries.quarantined, block, 0)
+    def run(self, todo: Sequence[Todo], done: int, total: int) -> list[Commit]:
+        """Score and commit shards; `done` of `total` queries are committed already."""
+        commits = []
+        with closing(ahead(self._read(todo))) as stream:
+            for (source, shard), items in groupby(stream, key=lambda r: (r.source, r.shard)):
+                self.watch.shard(STAGE, shard.key)
+                advance = partial(self._advance, total, done)
+                commits.append(self._shard(source, shard, items, advance))
+                done += shard.n_queries
+        return commits
 
-    def _advance(self, queries_before: int, block: Block, share: float) -> None:
-        self.advance(queries_before + share * len(block.lists))
+    def _advance(self, total: int, before: int, done: float) -> None:
+        self.watch.check()
+        self.watch.advance(STAGE, before + done, total)
 
-    def _read_ahead(self, output: Output) -> Iterator[tuple[str, Block]]:
-        stream = ahead(self._blocks(output))
-        while True:
-            with self.tally.timed("wait_for_reader"):
-                item = next(stream, None)
-            if item is None:
-                return
-            yield item
+    def _shard(
+        self, source: Source, shard: Shard, items: Iterator[Read], advance: Callable[[float], None]
+    ) -> Commit:
+        """Score a shard to its end, and commit it."""
+        tally, refusals = Tally(), list[Refusal]()
+        schema = TEXT_SCHEMA if self.spec.listwise else RANKED_SCHEMA
+        path = self.ledger.new_file("parts", shard.key, self.fingerprint)
+        with part_writer(path, schema) as write:
+            for block in _timed(items, tally):
+                refusals += block.refusals
+                for admitted, scored in self._scored(block, tally, advance):
+                    refusals += self._finish(admitted, scored, tally, write)
+        for refusal in refusals:
+            tally.refused(refusal)
+        tally.queries.read = shard.n_queries
+        return self._commit(source, shard, tally, {"part": path}, refusals)
 
-    def _blocks(self, output: Output) -> Iterator[tuple[str, Block]]:
-        """Blocks of all shards in order, with the input's name; runs in the reader thread."""
-        pointwise = self.spec.pointwise
-        for source, shards in zip(output.sources, output.shards, strict=True):
+    def _scored(
+        self, block: Block, tally: Tally, advance: Callable[[float], None]
+    ) -> Iterator[tuple[Admitted, ScoredList]]:
+        before = tally.queries.written
+
+        def progress(share: float) -> None:
+            advance(before + share * len(block.lists))
+
+        with tally.timed("score"):
+            scored = score_block(block, self.scorer, tally.work, progress)
+        with tally.timed("write"):
+            yield from zip(block.lists, scored, strict=True)
+
+    def _finish(
+        self, admitted: Admitted, scored: ScoredList, tally: Tally, write: Callable[..., None]
+    ) -> list[Refusal]:
+        ranking, refusals = finite(admitted, scored, self.spec.pointwise.interpolate)
+        if ranking is None:
+            return refusals
+        if self.spec.listwise:
+            write(ranking, admitted.query, passages(admitted, ranking, self.spec.listwise.depth))
+        else:
+            write(ranking)
+        tally.ranked(ranking)
+        return refusals
+
+    def _commit(
+        self,
+        source: Source,
+        shard: Shard,
+        tally: Tally,
+        files: dict[str, Path],
+        refusals: Sequence[Refusal],
+    ) -> Commit:
+        set_aside = [refusal for refusal in refusals if refusal.reason not in SKIPPED]
+        if set_aside:
+            files["quarantine"] = self.ledger.new_file("quarantine", shard.key)
+            write_quarantine(files["quarantine"], set_aside)
+        return self.ledger.commit(
+            STAGE,
+            shard.key,
+            fingerprint=self.fingerprint,
+            input_sha256=self.hashes.of_source(source.inputs),
+            files=files,
+            counts=tally.to_json(),
+        )
+
+    def _read(self, todo: Sequence[Todo]) -> Iterator[Read]:
+        """Blocks of all shards in order; runs in the reader thread."""
+        for source, shards in groupby(todo, key=lambda pair: pair[0]):
             with RowReader(source.file) as reader:
-                for shard in shards:
-                    admission = Admission(
-                        source.name,
-                        source.kept_rows,
-                        has_rows=not source.regrouped,
-                        need_first_scores=pointwise.interpolate < 1,
-                    )
-                    is_flat = source.file.layout == "flat"
-                    admit = admission.admit_flat if is_flat else admission.admit
-                    items = admit(self._counted(reader.read(shard.first_row, shard.n_rows)))
-                    for block in blocks(items, self.encoder, pointwise.depth):
-                        yield source.name, block
-                    self.tally.queries.read += shard.n_queries
+                places = self.plan.places(source)
+                for _, shard in shards:
+                    yield from self._read_shard(source, shard, reader, places)
 
-    def _counted(self, lists: Iterator[CandidateList]) -> Iterator[CandidateList]:
-        for item in lists:
-            self.tally.candidates.read += len(item.candidates)
+    def _read_shard(
+        self, source: Source, shard: Shard, reader: RowReader, places: Places
+    ) -> Iterator[Read]:
+        read, depth = 0, self.spec.pointwise.depth
+
+        def counted(lists: Iterator[CandidateList]) -> Iterator[CandidateList]:
+            nonlocal read
+            for item in lists:
+                read += len(item.candidates)
+                yield item
+
+        lists = counted(reader.read(shard.first_row, shard.n_rows))
+        items = admit(self.spec, source, places, lists)
+        poison = self.poison.get(f"{STAGE}/{shard.key}")
+        if poison:
+            items = without(items, poison, depth)
+        for block in blocks(items, self.encoder, depth):
+            yield Read(source, shard, block, 0)
+        yield Read(source, shard, None, read)
+
+
+def admit(
+    spec: JobSpec, source: Source, places: Places, lists: Iterator[CandidateList]
+) -> Iterator[Admitted | Refusal]:
+    """What of the lists of a source is scored, and what is set aside."""
+    admission = Admission(
+        places, source.kept_rows, need_first_scores=spec.pointwise.interpolate < 1
+    )
+    is_flat = source.file.layout == "flat"
+    return admission.admit_flat(lists) if is_flat else admission.admit(lists)
+
+
+def without(
+    items: Iterable[Admitted | Refusal], poison: frozenset[int], depth: int | None
+) -> Iterator[Admitted | Refusal]:
+    """Set aside the scored candidates with these ordinals, counted through all lists."""
+    first = 0
+    for item in items:
+        if isinstance(item, Refusal):
             yield item
+            continue
+        scored = len(item.candidates[:depth])
+        bad = {n - first for n in poison if first <= n < first + scored}
+        first += scored
+        for n in sorted(bad):
+            yield item.refuse_candidate("kills_process", item.candidates[n].docid)
+        left = [n for n in range(len(item.candidates)) if n not in bad]
+        if left:
+            candidates = tuple(item.candidates[n] for n in left)
+            ranks = tuple(item.first_ranks[n] for n in left)
+            yield replace(item, candidates=candidates, first_ranks=ranks)
+        else:
+            yield item.refuse("no_valid_candidates", 0)
 
-    def _set_aside(self, refusal: Refusal) -> None:
-        self.refuse(refusal)
-        self.tally.refused(refusal)
 
-    def _finish(self, admitted: Admitted, scored: ScoredList, name: str, hand_on: HandOn) -> None:
-        """Rank and hand on a list without its NaN and infinite scores, which mis-rank silently."""
-        kept = tuple(c for c in scored.candidates if c.logit is None or math.isfinite(c.logit))
-        for candidate in scored.candidates:
-            if candidate.logit is not None and not math.isfinite(candidate.logit):
-                self._set_aside(_unusable("non_finite_score", name, scored.qid, candidate.docid, 1))
-        if all(c.logit is None for c in kept):
-            self._set_aside(_unusable("no_valid_candidates", name, scored.qid, None, len(kept)))
+def finite(
+    admitted: Admitted, scored: ScoredList, interpolate: float
+) -> tuple[Ranking | None, list[Refusal]]:
+    """Rank a list without its NaN and infinite scores, which mis-rank silently."""
+    kept = tuple(c for c in scored.candidates if c.logit is None or math.isfinite(c.logit))
+    bad = {c.docid for c in scored.candidates} - {c.docid for c in kept}
+    refusals = [admitted.refuse_candidate("non_finite_score", docid) for docid in sorted(bad)]
+    if all(c.logit is None for c in kept):
+        return None, [*refusals, admitted.refuse("no_valid_candidates", len(kept))]
+    return rank(replace(scored, candidates=kept), interpolate), refusals
+
+
+def passages(admitted: Admitted, ranking: Ranking, depth: int) -> tuple[tuple[str, str], ...]:
+    """Title and text of the top of a list, for the second stage."""
+    texts = {c.docid: (c.title, c.text or "") for c in admitted.candidates}
+    return tuple(texts[entry.docid] for entry in ranking.entries[:depth])
+
+
+def _timed(items: Iterator[Read], tally: Tally) -> Iterator[Block]:
+    """The blocks of a shard, with the time that was waited for them."""
+    while True:
+        with tally.timed("wait_for_reader"):
+            item = next(items, None)
+        if item is None:
             return
-        ranking = rank(replace(scored, candidates=kept), self.spec.pointwise.interpolate)
-        hand_on(admitted, ranking)
-        self.tally.ranked(ranking)
-
-
-def _unusable(reason: str, path: str, qid: str, docid: str | None, candidates: int) -> Refusal:
-    """A refusal after scoring, when the row is no longer at hand; the qid finds it."""
-    return Refusal(reason, REASONS[reason], path, None, qid, docid, candidates)
+        tally.candidates.read += item.candidates
+        if item.block is not None:
+            yield item.block

@@ -1,19 +1,23 @@
-"""Counts and times of each stage, and `report.json`. Nothing leaves a job uncounted."""
+"""Counts and times: of a shard in its commit, of a job in `report.json`.
 
-import json
+Nothing leaves a job uncounted: read = written + quarantined + skipped, for every shard.
+"""
+
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 from dear_batch.data import Permutation, Ranking, Refusal, WindowStatus
-from dear_batch.files.durable import replacing
+from dear_batch.run.admission import SKIPPED
 from dear_batch.run.blocks import Work
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OK, OUTSTANDING = "ok", "listwise-outstanding"  # statuses of a report
+TOO_MANY_BAD, TOO_MANY_FAILED = "too-many-bad", "too-many-failed-windows"
+FAILED, STOPPED = "failed", "stopped"
 AMOUNTS = (
     "prompt_tokens",
     "answer_tokens",
@@ -23,15 +27,22 @@ AMOUNTS = (
     "shortened_passages",
     "neutralised_texts",
 )
+Counts = dict[str, Any]
 
 
 @dataclass(slots=True)
 class Count:
-    """Queries and candidates: read = written + quarantined."""
+    """Queries and candidates: read = written + quarantined + skipped."""
 
     read: int = 0
     written: int = 0
     quarantined: int = 0
+    skipped: int = 0
+
+    def check(self) -> None:
+        """Whether nothing was lost or invented."""
+        if self.read != self.written + self.quarantined + self.skipped:
+            raise AssertionError(f"counts do not add up: {self}")
 
 
 @dataclass(slots=True)
@@ -56,49 +67,47 @@ class Stopwatch:
 
 @dataclass(slots=True)
 class Tally(Stopwatch):
-    """Running figures of a job, or of the first stage of two."""
+    """Running figures of a shard of the first stage."""
 
     queries: Count = field(default_factory=Count)
     candidates: Count = field(default_factory=Count)
-    reasons: Counter[str] = field(default_factory=Counter)
+    quarantined: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     work: Work = field(default_factory=Work)
 
     def refused(self, refusal: Refusal) -> None:
-        """Count what was set aside; a refusal without docid is a whole query."""
-        self.reasons[refusal.reason] += 1
-        self.candidates.quarantined += refusal.candidates
-        self.queries.quarantined += refusal.docid is None
+        """Count what was set aside or skipped; a refusal without docid is a whole query."""
+        if refusal.reason in SKIPPED:
+            self.skipped[refusal.reason] += 1
+            self.candidates.skipped += refusal.candidates
+            self.queries.skipped += refusal.docid is None
+        else:
+            self.quarantined[refusal.reason] += 1
+            self.candidates.quarantined += refusal.candidates
+            self.queries.quarantined += refusal.docid is None
 
     def ranked(self, ranking: Ranking) -> None:
         """Count what was written."""
         self.queries.written += 1
         self.candidates.written += len(ranking.entries)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Counts:
         """The counts; what was read by the reader is what became of it at the end."""
-        for count in (self.queries, self.candidates):
-            if count.read != count.written + count.quarantined:
-                raise AssertionError(f"counts do not add up: {count}")
-        work = self.work
-        scoring = self.seconds["score"]
+        self.queries.check()
+        self.candidates.check()
         return {
             "queries": asdict(self.queries),
             "candidates": asdict(self.candidates),
-            "quarantine_reasons": dict(sorted(self.reasons.items())),
-            "scored_pairs": work.pairs,
-            "truncated_pairs": work.truncated_pairs,
-            "tokens": work.tokens,
-            "tokens_per_second": round(work.tokens / scoring, 1) if scoring else None,
-            "padding_share": 1 - work.tokens / work.computed_tokens
-            if work.computed_tokens
-            else 0.0,
+            "quarantine_reasons": dict(sorted(self.quarantined.items())),
+            "skipped_reasons": dict(sorted(self.skipped.items())),
+            **asdict(self.work),
             "seconds": self.rounded(),
         }
 
 
 @dataclass(slots=True)
 class ListwiseTally(Stopwatch):
-    """Running figures of the second stage; `amounts` are sums over all windows."""
+    """Running figures of a shard of the second stage; `amounts` are sums over all windows."""
 
     queries: int = 0
     candidates: int = 0
@@ -117,16 +126,11 @@ class ListwiseTally(Stopwatch):
         self.failed_reasons.update([answer.detail] if answer.status == "failed" else [])
         self.amounts.update({name: getattr(answer, name) for name in AMOUNTS})
 
-    def check(self, pointwise: dict[str, Any]) -> None:
-        """Whether all that stage 1 left was written."""
-        left = {name: pointwise[name]["written"] for name in ("queries", "candidates")}
-        if left != {"queries": self.queries, "candidates": self.candidates}:
-            raise AssertionError(f"counts do not add up: {left}, {self}")
-
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Counts:
         """The counts; windows by status add up to their total."""
         return {
             "queries": self.queries,
+            "candidates": self.candidates,
             "windows": {
                 "total": self.windows.total(),
                 **{status: self.windows[status] for status in get_args(WindowStatus)},
@@ -137,8 +141,39 @@ class ListwiseTally(Stopwatch):
         }
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write `report.json`."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **report}, indent=2, ensure_ascii=False)
-    with replacing(folder / "report.json") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+def add_up(counts: Iterable[Mapping[str, Any]]) -> Counts:
+    """The sum of the counts of shards, number by number, at every depth."""
+    total: Counts = {}
+    for item in counts:
+        for name, value in item.items():
+            if isinstance(value, Mapping):
+                total[name] = add_up([total.get(name, {}), value])
+            else:
+                total[name] = total.get(name, 0) + value
+    return total
+
+
+def pointwise_figures(shards: Iterable[Mapping[str, Any]]) -> Counts:
+    """The figures of a first stage from those of its shards."""
+    empty = Tally().to_json()
+    total = add_up([empty, *shards])
+    computed, tokens = total.pop("computed_tokens"), total["tokens"]
+    scoring = total["seconds"].get("score", 0.0)
+    return {
+        "queries": total.pop("queries"),
+        "candidates": total.pop("candidates"),
+        "quarantine_reasons": total.pop("quarantine_reasons"),
+        "skipped_reasons": total.pop("skipped_reasons"),
+        "scored_pairs": total.pop("pairs"),
+        **total,
+        "tokens_per_second": round(tokens / scoring, 1) if scoring else None,
+        "padding_share": 1 - tokens / computed if computed else 0.0,
+        "seconds": {name: round(value, 3) for name, value in total["seconds"].items()},
+    }
+
+
+def listwise_figures(shards: Iterable[Mapping[str, Any]]) -> Counts:
+    """The figures of a second stage from those of its shards."""
+    total = add_up([ListwiseTally().to_json(), *shards])
+    total["seconds"] = {name: round(value, 3) for name, value in total["seconds"].items()}
+    return total

@@ -22,6 +22,8 @@ from dear_batch.listwise.prompts import passage_text
 from dear_batch.listwise.windows import WindowRequest, apply, kept, windows
 from dear_batch.specs import ListwiseSpec
 
+KILLS = "the process died of this query, more than once"
+
 
 class Ranker(Protocol):
     """A listwise model as a job sees it."""
@@ -58,6 +60,7 @@ class Course:
     item: RankedList
     windows: list[tuple[int, int]]
     order: list[int]
+    poisoned: bool = False
     transcripts: list[Transcript] = field(default_factory=list)
     placed: dict[int, tuple[WindowStatus, float | None]] = field(default_factory=dict)
 
@@ -112,9 +115,13 @@ def rerank(
     spec: ListwiseSpec,
     ranker: Ranker,
     advance: Callable[[float], None] = lambda _share: None,
+    poison: frozenset[int] = frozenset(),
 ) -> list[Course]:
-    """Take a wave of lists through all their windows; `advance` is told the share done."""
-    courses = [_course(item, spec) for item in items]
+    """Take a wave of lists through all their windows; `advance` is told the share done.
+
+    The lists whose numbers are `poison` are not shown to the model: all their windows fail.
+    """
+    courses = [_course(item, spec, i in poison) for i, item in enumerate(items)]
     total = sum(len(course.windows) for course in courses)
     finished = 0
     for number in range(max((len(course.windows) for course in courses), default=0)):
@@ -123,17 +130,27 @@ def rerank(
         def done(windows: int, before: int = finished) -> None:
             advance((before + windows) / total)
 
-        answers = _ask([course.request(number) for course in under_way], ranker, done)
-        for course, answer in zip(under_way, answers, strict=True):
+        asked = [course for course in under_way if not course.poisoned]
+        answers = _ask([course.request(number) for course in asked], ranker, done)
+        for course, answer in zip(asked, answers, strict=True):
             course.take(number, answer)
+        for course in under_way:
+            if course.poisoned:
+                course.take(number, _not_asked(course.request(number).window))
         finished += len(under_way)
         advance(finished / total)
     return courses
 
 
-def _course(item: RankedList, spec: ListwiseSpec) -> Course:
+def _course(item: RankedList, spec: ListwiseSpec, poisoned: bool) -> Course:
     depth = min(spec.depth, len(item.ranking.entries))
-    return Course(item, windows(depth, spec.window, spec.stride), list(range(depth)))
+    return Course(item, windows(depth, spec.window, spec.stride), list(range(depth)), poisoned)
+
+
+def _not_asked(window: Window) -> Permutation:
+    size = window.end - window.start
+    nothing = (math.nan,) * size
+    return Permutation(window, tuple(range(size)), "failed", nothing, detail=KILLS)
 
 
 def _ask(

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,14 @@ def flat_columns(**replaced: Any) -> dict[str, Any]:
 
 
 FLAT_LISTS = [
-    CandidateList("1", "a", (Candidate("7", "t", "x", 3.0), Candidate("8", "", "y", None)), 0),
-    CandidateList("2", "b", (Candidate("7", "", None, 1.0),), 2),
+    CandidateList(
+        "1",
+        "a",
+        (Candidate("7", "t", "x", 3.0), Candidate("8", "", "y", None)),
+        0,
+        array("q", [0, 1]),
+    ),
+    CandidateList("2", "b", (Candidate("7", "", None, 1.0),), 2, array("q", [2])),
 ]
 
 
@@ -199,6 +206,21 @@ def test_conflicting_query_texts_become_lists_of_their_own(tmp_path: Path) -> No
     lists = read_all(open_input(written(tmp_path / "f.parquet", columns)))
     assert [(item.qid, item.query, item.row) for item in lists] == [("1", "a", 0), ("1", "b", 1)]
     assert [[c.text for c in item.candidates] for item in lists] == [["x", None], ["y"]]
+    assert [list(item.places) for item in lists] == [[0, 2], [1]]
+    assert [item.place() for item in lists] == [0, 1]
+    assert lists[0].place(2) == 2
+
+
+def test_a_nested_row_is_the_place_of_all_in_it(tmp_path: Path) -> None:
+    write_lists(LISTS, tmp_path / "lists.parquet")
+    with RowReader(open_input(tmp_path / "lists.parquet")) as reader:
+        (empty, last) = reader.read(2, 2)
+    assert (empty.place(), last.place(), last.place(1)) == (2, 3, 3)
+
+
+def test_a_users_own_column_of_places_is_not_ours(tmp_path: Path) -> None:
+    columns = flat_columns(place=pa.array([7, 8, 9], pa.int64()))
+    assert read_all(open_input(written(tmp_path / "f.parquet", columns))) == FLAT_LISTS
 
 
 def test_rows_without_qid_form_one_list(tmp_path: Path) -> None:
@@ -431,6 +453,7 @@ def test_any_split_reads_the_same(
         lists = [item for start in sorted(read) for item in read[start]]
         assert [(item.qid, [c.docid for c in item.candidates]) for item in lists] == docids
         assert [item.row for item in lists] == [row for _, row, _ in expected]
+        assert [place for item in lists for place in item.places] == list(range(len(qids)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -460,6 +483,17 @@ def test_any_split_of_nested_rows(
             read = [item for start, end in ranges for item in reader.read(start, end - start)]
         assert read == lists
         assert list(qid_runs(file)) == [(item.qid, item.row, 1) for item in lists]
+
+
+def test_every_batch_of_qids_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dear_batch.files.parquet._QID_ROWS", 2)
+    write_lists(LISTS, tmp_path / "n.parquet")
+    beats: list[None] = []
+    assert len(list(qid_runs(open_input(tmp_path / "n.parquet"), lambda: beats.append(None)))) == 4
+    assert len(beats) == 2
+    flat = open_input(written(tmp_path / "f.parquet", flat_columns()))
+    assert len(list(qid_runs(flat, lambda: beats.append(None)))) == 2
+    assert len(beats) == 4
 
 
 def test_runs_across_batches_are_one(tmp_path: Path) -> None:

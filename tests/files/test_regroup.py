@@ -5,7 +5,8 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from dear_batch.data import Candidate, CandidateList
 from dear_batch.errors import InputError, OutputError
 from dear_batch.files.parquet import RowReader, open_input, qid_runs, write_lists
+from dear_batch.files.places import FILE_ROWS, Places
 from dear_batch.files.regroup import (
     by_first_appearance,
     connect,
@@ -45,12 +47,14 @@ STRING_IDS = TEXTS | {"qid": pa.large_string(), "docid": pa.string(), "title": p
 SCORED = STRING_IDS | {"score": pa.float32()}
 
 
-def reference(rows: list[Row]) -> list[CandidateList]:
+def reference(*files: list[Row]) -> list[CandidateList]:
     """Grouped by qid in a dictionary; a row without qid stands alone, where it was."""
     groups: dict[object, list[Row]] = {}
-    for position, row in enumerate(rows):
-        key = ("no qid", position) if row["qid"] is None else str(row["qid"])
-        groups.setdefault(key, []).append(row)
+    for file, rows in enumerate(files):
+        for number, row in enumerate(rows):
+            place = file * FILE_ROWS + number
+            key = ("no qid", place) if row["qid"] is None else str(row["qid"])
+            groups.setdefault(key, []).append(row | {"place": place})
     lists, start = [], 0
     for members in groups.values():
         qid, query = members[0]["qid"], members[0]["query"]
@@ -58,13 +62,15 @@ def reference(rows: list[Row]) -> list[CandidateList]:
             Candidate(str(row["docid"]), row.get("title") or "", row["text"], row.get("score"))
             for row in members
         )
-        lists.append(CandidateList(None if qid is None else str(qid), query, candidates, start))
+        places = array("q", [row["place"] for row in members])
+        qid = None if qid is None else str(qid)
+        lists.append(CandidateList(qid, query, candidates, start, places))
         start += len(members)
     return lists
 
 
 def read_all(path: Path) -> list[CandidateList]:
-    file = open_input(path)
+    file = open_input(path, regrouped=True)
     with RowReader(file) as reader:
         return list(reader.read(0, file.n_rows))
 
@@ -82,6 +88,16 @@ def strings(rows: list[Row], **more: object) -> list[Row]:
     return [row | {"qid": str(row["qid"]), "docid": str(row["docid"])} | more for row in rows]
 
 
+def docid_at(path: Path, group: int, row: int) -> str:
+    """The docid of a row of the user's, found by its row group alone and its row alone."""
+    source = pq.ParquetFile(path)
+    before = sum(source.metadata.row_group(i).num_rows for i in range(group))
+    by_group = source.read_row_group(group, ["docid"]).column("docid")[row - before]
+    by_row = pq.read_table(path, columns=["docid"]).column("docid")[row]
+    assert by_group == by_row
+    return str(by_row)
+
+
 def test_over_row_groups_and_files_with_drifting_ids(tmp_path: Path) -> None:
     first = scattered(500, 1)
     second = strings(scattered(300, 2), title="a title")
@@ -93,9 +109,15 @@ def test_over_row_groups_and_files_with_drifting_ids(tmp_path: Path) -> None:
     ]
     out = tmp_path / "out.parquet"
     regroup(files, out)
-    expected = reference(first + second + third)
+    expected = reference(first, second, third)
     assert len(expected) == 40
     assert read_all(out) == expected
+    lists = read_all(out)
+    places = Places([open_input(path) for path in files])
+    for item in lists:
+        for candidate, place in zip(item.candidates, item.places, strict=True):
+            path, group, row = places.position(place)
+            assert candidate.docid == docid_at(Path(path), group, row)
     assert [qid for qid, _, _ in qid_runs(open_input(out))] == [item.qid for item in expected]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "1.parquet",
@@ -136,6 +158,48 @@ def test_nested_and_broken_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Cannot decode f\.parquet"):
         regroup([source], tmp_path / "out.parquet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.parquet", "n.parquet"]
+
+
+class StoppedHereError(Exception):
+    pass
+
+
+def stopping_at(number: int) -> Callable[[], None]:
+    beats = iter(range(1, number + 1))
+
+    def beat() -> None:
+        if next(beats) == number:
+            raise StoppedHereError
+
+    return beat
+
+
+def test_regrouping_beats_and_can_be_stopped_at_any_beat(tmp_path: Path) -> None:
+    sources = [
+        write_rows(tmp_path / f"{n}.parquet", scattered(60, n), INTEGER_IDS, 20) for n in range(2)
+    ]
+    out, beats = tmp_path / "out.parquet", list[None]()
+    regroup(sources, out, beat=lambda: beats.append(None))
+    # Six batches of keys, six of rows, and what comes out.
+    assert len(beats) > 12
+    out.unlink()
+    for number in range(1, len(beats) + 1):
+        with pytest.raises(StoppedHereError):
+            regroup(sources, out, beat=stopping_at(number))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0.parquet", "1.parquet"]
+
+
+@pytest.mark.parametrize("count", [distinct_qids, repeated_qids])
+def test_counting_qids_beats_and_can_be_stopped(
+    tmp_path: Path, count: Callable[..., object]
+) -> None:
+    file = write_rows(tmp_path / "f.parquet", scattered(60, 1), INTEGER_IDS, 20)
+    beats = list[None]()
+    count([file], beside=tmp_path / "qids", beat=lambda: beats.append(None))
+    assert len(beats) == 3
+    with pytest.raises(StoppedHereError):
+        count([file], beside=tmp_path / "qids", beat=stopping_at(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["f.parquet"]
 
 
 def test_missing_output_folder(tmp_path: Path) -> None:

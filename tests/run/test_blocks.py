@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dear_batch.data import Candidate, Refusal
+from dear_batch.data import Candidate, CandidateList, Refusal
+from dear_batch.files.places import Places
 from dear_batch.pointwise.recipe import PairEncoder, recipe_from_tokenizer
 from dear_batch.pointwise.rows import Batch, Layout, packed_arrays, padded_arrays
 from dear_batch.run import blocks as blocks_module
@@ -71,11 +72,18 @@ def admitted(i: int, size: int) -> Admitted:
         for k in range(size)
     )
     ranks = tuple(2 * k + 1 for k in range(size))  # as if every other candidate was set aside
-    return Admitted(f"q{i}", f"query number {i}", candidates, ranks)
+    return admitted_list(f"q{i}", f"query number {i}", candidates, ranks)
+
+
+def admitted_list(
+    qid: str, query: str, candidates: tuple[Candidate, ...], ranks: tuple[int, ...]
+) -> Admitted:
+    read = CandidateList(qid, query, candidates, 0)
+    return Admitted(qid, query, candidates, ranks, read, Places([]))
 
 
 def refusal(i: int) -> Refusal:
-    return Refusal("empty_query", "detail", "in.parquet", i, f"bad{i}", None, 3)
+    return Refusal("empty_query", "detail", "in.parquet", 0, i, f"bad{i}", None, 3)
 
 
 def expected(item: Admitted, depth: int | None) -> list[float]:
@@ -145,7 +153,7 @@ def test_scores_land_on_their_documents(layout: Layout, depth: int | None) -> No
 def test_the_work_is_counted() -> None:
     texts = (" ".join(collection_texts()[k : k + 9]) for k in range(2))
     long = tuple(Candidate(f"long{k}", "", text, None) for k, text in enumerate(texts))
-    items = [admitted(0, 3), Admitted("q", "who?", long, (1, 2))]
+    items = [admitted(0, 3), admitted_list("q", "who?", long, (1, 2))]
     (block,) = blocks(items, ENCODER, None)
     assert [pair.truncated for pair in block.pairs[1]] == [True, True]
     padded, packed = Work(), Work()
@@ -164,7 +172,7 @@ def test_the_work_is_counted() -> None:
 def test_copies_are_scored_once_and_counted_each() -> None:
     text = collection_texts()[0]
     copies = tuple(Candidate(f"d{k}", "", text if k % 2 else f"{text} {k}", None) for k in range(8))
-    item = Admitted("q", "who?", copies, tuple(range(1, 9)))
+    item = admitted_list("q", "who?", copies, tuple(range(1, 9)))
     (block,) = blocks([item], ENCODER, None)
     work, shares = Work(), list[float]()
     (scored,) = score_block(block, FakeScorer(LAYOUTS[3]), work, shares.append)
@@ -178,7 +186,7 @@ def test_copies_are_scored_once_and_tie_exactly() -> None:
     text = Candidate("a", "", collection_texts()[0], None)
     copies = tuple(Candidate(f"d{i}", "", text.text, None) for i in range(4))
     (block,) = blocks(
-        [Admitted("q", "who?", (*copies, *admitted(0, 3).candidates), tuple(range(1, 8)))],
+        [admitted_list("q", "who?", (*copies, *admitted(0, 3).candidates), tuple(range(1, 8)))],
         ENCODER,
         None,
     )

@@ -1,0 +1,168 @@
+"""Opens files without following links, and hashes each once for as long as it stays as it is.
+
+A sha256 is remembered in the user's cache folder by device, inode, size and both times of the
+file: a large bundle is not hashed again every night. Whoever can write that cache as this user
+can also write the bundle, so it is believed if nobody else can. Knows nothing of bundles.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, field
+from io import BufferedReader
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, Self
+
+# O_NONBLOCK: a FIFO in place of a file must not hold the job until somebody writes into it.
+FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# A file that was changed this recently may be changed again within one tick of its time stamps.
+SETTLED_NS = 2 * 10**9
+MAX_CACHE_BYTES = 16 << 20
+MAX_REMEMBERED = 4096  # files; the oldest are forgotten
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What changes when a file is written to, or replaced: times in nanoseconds."""
+
+    device: int
+    inode: int
+    bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Self:
+        """The state that a stat shows."""
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@contextlib.contextmanager
+def opened_folder(path: str | PurePath, top: int | None = None) -> Iterator[int]:
+    """The descriptor of a folder: a path, or the name of one below the folder `top`.
+
+    Below `top` no component of the name may be a link.
+
+    Raises:
+        OSError: it cannot be opened, or a link is in the way.
+    """
+    if top is None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    else:
+        descriptor = os.dup(top)
+        for part in PurePosixPath(path).parts:
+            above = descriptor
+            try:
+                descriptor = os.open(part, FLAGS | os.O_DIRECTORY, dir_fd=above)
+            finally:
+                os.close(above)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def opened_file(top: int, name: str) -> Iterator[BufferedReader]:
+    """A file below the folder `top`, opened for reading; no component may be a link.
+
+    Raises:
+        OSError: it cannot be opened, or a link is in the way.
+    """
+    path = PurePosixPath(name)
+    with opened_folder(path.parent, top) as folder:
+        descriptor = os.open(path.name, FLAGS, dir_fd=folder)
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
+@dataclass(slots=True)
+class Hashes:
+    """Compares opened files with their sha256; what matched is remembered from job to job."""
+
+    path: Path | None
+    paranoid: bool = False
+    known: dict[str, list[Any]] = field(default_factory=dict)
+    learned: bool = False
+
+    @classmethod
+    def load(cls, *, paranoid: bool = False) -> Self:
+        """With what this user's earlier jobs remembered; `paranoid` hashes all the same."""
+        path = _cache_path()
+        return cls(path, paranoid, _remembered(path) if path else {})
+
+    def matches(self, file: BufferedReader, state: FileState, sha256: str) -> bool:
+        """Whether a file, whose state was just read from its descriptor, has this hash."""
+        device, inode, *rest = astuple(state)
+        key, entry = f"{device}:{inode}", [*rest, sha256]
+        if not self.paranoid and self.known.get(key) == entry:
+            return True
+        started_ns = time.time_ns()
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return False
+        self.known.pop(key, None)
+        if max(state.mtime_ns, state.ctime_ns) < started_ns - SETTLED_NS:
+            self.known[key] = entry
+            self.learned = True
+        return True
+
+    def save(self) -> None:
+        """Remember what was hashed; a folder that cannot be written is no reason to fail."""
+        if self.path is None or not self.learned:
+            return
+        newest = dict(list(self.known.items())[-MAX_REMEMBERED:])
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _replace(self.path, json.dumps({"schema_version": 1, "files": newest}))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole, for this user alone. It is not synced: a lost cache costs one hashing."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cache_path() -> Path | None:
+    """XDG base directories: a relative path is to be ignored."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        folder = given if given.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # this user has no home
+        return None
+    return folder / "dear-batch" / "verified.json"
+
+
+def _remembered(path: Path) -> dict[str, list[Any]]:
+    """What the cache file holds, nothing where another user could have written it."""
+    try:
+        with os.fdopen(os.open(path, FLAGS), "rb") as file:
+            found = os.fstat(file.fileno())
+            mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+            if not mine or found.st_mode & OTHERS_WRITE or found.st_size > MAX_CACHE_BYTES:
+                return {}
+            fields = json.loads(file.read())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields["files"] if _is_cache(fields) else {}
+
+
+def _is_cache(fields: Any) -> bool:
+    if not isinstance(fields, dict) or fields.get("schema_version") != 1:
+        return False
+    files = fields.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(entry, list) and [type(value) for value in entry] == [int, int, int, str]
+        for entry in files.values()
+    )
