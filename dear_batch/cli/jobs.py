@@ -118,7 +118,7 @@ def run(spec: Path | None, stage: Any, **options: Any) -> None:
 
 def _end(report: Mapping[str, Any], folder: str) -> None:
     """The outcome of a job that was published, and its exit code."""
-    from dear_batch.run.listwise import TOO_MANY_FAILED
+    from dear_batch.run.report import TOO_MANY_FAILED
 
     if report["status"] != TOO_MANY_FAILED:
         outcome({"output": folder, **report})

@@ -1,34 +1,23 @@
-"""What an output folder says of itself: plan, commits, report, manifest, `_SUCCESS`, LOCK.
-
-Read, never written, and without the lock. Nothing is followed but regular files of our names.
-"""
+"""What an output folder says of itself to who does not hold its lock: `_SUCCESS`, commits, LOCK."""
 
 import hashlib
 import json
 import os
-import platform
 import re
+import socket
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dear_batch.errors import InputError, TrustError
+from dear_batch.errors import TrustError
+from dear_batch.run.folder import LOCK, MANIFEST, SUCCESS
+from dear_batch.run.ledger import STAGES, Commit, Ledger
 
-PLAN, REPORT, MANIFEST, SUCCESS, LOCK = (
-    "plan.json",
-    "report.json",
-    "manifest.json",
-    "_SUCCESS",
-    "LOCK",
-)
-PLAN_VERSION = 2
-STAGES = ("input", "regroup", "pointwise", "listwise")
 LOCKS = Path("/proc/locks")
 Fields = dict[str, Any]
 _HELD = re.compile(r": FLOCK +ADVISORY +WRITE +(\d+) (\S+):(\d+) ")
-_PART = re.compile(r"(parts|quarantine)/[^/]+\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +49,26 @@ def open_regular(path: Path) -> int | None:
     raise TrustError(f"{path} is not a regular file.", where=str(path))
 
 
-def read_bytes(path: Path) -> bytes | None:
-    """A whole small file, None where there is none.
+def sealed_manifest(folder: Path) -> Fields | None:
+    """The manifest of a finished folder; None where it is not finished.
 
     Raises:
-        TrustError: see `open_regular`.
+        TrustError: `_SUCCESS` is not of this manifest.
     """
+    seal, raw = _read(folder / SUCCESS), _read(folder / MANIFEST)
+    if seal is None:
+        return None
+    if raw is None or seal != f"{hashlib.sha256(raw).hexdigest()}\n".encode():
+        raise TrustError(
+            f"{SUCCESS} is not of this {MANIFEST}.",
+            where=str(folder / SUCCESS),
+            valid="the sha256 of the manifest",
+        )
+    fields: Fields = json.loads(raw)
+    return fields
+
+
+def _read(path: Path) -> bytes | None:
     descriptor = open_regular(path)
     if descriptor is None:
         return None
@@ -73,101 +76,12 @@ def read_bytes(path: Path) -> bytes | None:
         return file.read()
 
 
-def read_fields(path: Path) -> Fields | None:
-    """A JSON object, None where there is no such file.
-
-    Raises:
-        TrustError: something else lies there.
-    """
-    raw = read_bytes(path)
-    if raw is None:
-        return None
-    try:
-        fields = json.loads(raw)
-    except ValueError as error:
-        raise TrustError(f"{path} is not valid JSON: {error}.", where=str(path)) from error
-    if not isinstance(fields, dict):
-        raise TrustError(f"{path} is not a JSON object.", where=str(path))
-    return fields
-
-
-def sealed_manifest(folder: Path) -> Fields | None:
-    """The manifest of a finished folder; None where it is not finished.
-
-    Raises:
-        TrustError: `_SUCCESS` is not of this manifest.
-    """
-    seal = read_bytes(folder / SUCCESS)
-    if seal is None:
-        return None
-    raw = read_bytes(folder / MANIFEST) or b""
-    if seal != f"{hashlib.sha256(raw).hexdigest()}\n".encode():
-        raise TrustError(
-            f"{SUCCESS} is not of this {MANIFEST}.",
-            where=str(folder / SUCCESS),
-            valid="the sha256 of the manifest",
-        )
-    return read_fields(folder / MANIFEST)
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether a folder, itself no link, holds a plan of a job."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    try:
-        plan = read_fields(folder / PLAN)
-    except TrustError:
-        return False
-    return plan is not None and plan.keys() >= {"schema_version", "inputs", "outputs"}
-
-
-def read_plan(folder: Path) -> Fields | None:
-    """The plan of a job, None where there is none.
-
-    Raises:
-        InputError: it is of another version.
-        TrustError: it cannot be read.
-    """
-    plan = read_fields(folder / PLAN)
-    if plan is not None and plan.get("schema_version") != PLAN_VERSION:
-        raise InputError(
-            f"{folder} was planned by another version of dear-batch.",
-            where=f"{folder / PLAN}: schema_version {plan.get('schema_version')}",
-            valid=f"schema_version {PLAN_VERSION}",
-        )
-    return plan
-
-
-def shard_keys(plan: Fields) -> list[str]:
-    """The keys of all shards, the same for both stages."""
-    return [
-        shard["key"]
-        for output in plan["outputs"]
-        for source in output["sources"]
-        for shard in source["shards"]
-    ]
-
-
-def commits(folder: Path) -> Iterator[tuple[Path, Fields | None]]:
-    """Every commit with its path; None for one that cannot be read or names foreign files."""
+def commits(folder: Path) -> Iterator[tuple[Path, Commit | None]]:
+    """Every commit with its path; None for one that cannot be read."""
+    ledger = Ledger(folder)
     for stage in STAGES:
-        place = folder / "commits" / stage
-        if place.is_symlink() or not place.is_dir():
-            continue
-        for path in sorted(place.glob("[!.]*.json")):
-            yield path, _commit(path)
-
-
-def _commit(path: Path) -> Fields | None:
-    try:
-        fields = read_fields(path)
-        if fields is None:  # removed since it was listed
-            return None
-        names = [part["name"] for part in fields["files"].values()]
-    except (TrustError, KeyError, TypeError, AttributeError):
-        return None
-    whole = fields.keys() >= {"fingerprint", "counts"} and all(map(_PART.fullmatch, names))
-    return fields if whole else None
+        for path in sorted((folder / "commits" / stage).glob("[!.]*.json")):
+            yield path, ledger.found(stage, path.stem)
 
 
 def holder(folder: Path) -> Holder | None:
@@ -185,7 +99,7 @@ def holder(folder: Path) -> Holder | None:
         said = _said(file.read())
     host, pid = str(said.get("host", "")), said.get("pid", 0)
     held: bool | None = _is_locked(found, pid)
-    if not held and host not in {"", platform.node()}:
+    if not held and host not in {"", socket.gethostname()}:
         held = None
     return Holder(held, host, pid if isinstance(pid, int) else 0, str(said.get("start", "")))
 

@@ -7,26 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dear_batch.errors import InputError, TrustError, UsageError
-from dear_batch.run.published import (
-    LOCK,
-    MANIFEST,
-    PLAN,
-    REPORT,
-    SUCCESS,
-    Fields,
-    Holder,
-    commits,
-    holder,
-    read_fields,
-    read_plan,
-    sealed_manifest,
-    shard_keys,
-)
+from dear_batch.files.parquet import grouped
+from dear_batch.run.folder import LOCK, MANIFEST, PLAN, REPORT, SUCCESS, read_json, read_plan
+from dear_batch.run.ledger import Commit
+from dear_batch.run.listwise import LEAST_QUERIES
+from dear_batch.run.planning import PlannedOutput, outline
+from dear_batch.run.published import Holder, commits, holder, sealed_manifest
+from dear_batch.run.report import FAILED, OUTSTANDING, STOPPED, pointwise_figures
 
+Fields = dict[str, Any]
 State = Literal[
     "empty", "planned", "running", "stopped", "failed", "listwise-outstanding", "done", "damaged"
 ]
-OUTSTANDING = "listwise-outstanding"
 AGAIN = "the same dear-batch run again: it goes on from what is finished"
 
 
@@ -70,11 +62,13 @@ def status_of(folder: Path) -> Status:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder.", valid="the output folder of a job")
     lock, plan = holder(folder), read_plan(folder)
-    if plan is None and lock is None:
-        if any(folder.iterdir()):
-            raise InputError(f"{folder} has no {PLAN}: no job of dear-batch wrote into it.")
-        return Status(str(folder), "empty", f"dear-batch run SPEC.toml --output {folder}")
-    report = read_fields(folder / REPORT) or {}
+    if plan is None and ((folder / PLAN).is_file() or (lock is None and any(folder.iterdir()))):
+        raise InputError(
+            f"{folder} holds no output of this version of dear-batch.",
+            where=str(folder / PLAN),
+            valid="the output folder of a job",
+        )
+    report = read_json(folder / REPORT) or {}
     state, error = _state(folder, plan, report, lock)
     known = _finished(folder, plan) if state == "done" else _so_far(folder, plan)
     return Status(
@@ -103,8 +97,8 @@ def _state(
     said = report.get("status")
     if said == OUTSTANDING:
         return "listwise-outstanding", None
-    if said in {"failed", "stopped"}:
-        return said, report.get("error")
+    if said in {FAILED, STOPPED}:
+        return "failed" if said == FAILED else "stopped", report.get("error")
     begun = plan is not None and any(True for _ in commits(folder))
     return ("stopped" if begun else "planned" if plan else "empty"), None
 
@@ -123,45 +117,52 @@ def _next(state: State, folder: Path, report: Fields) -> str:
 
 def _finished(folder: Path, plan: Fields | None) -> dict[str, Any]:
     """What a published folder says: its commits may be gone."""
-    counts = (read_fields(folder / MANIFEST) or {})["counts"]
-    n = len(shard_keys(plan)) if plan else 0
-    return {"stages": {name: Progress(n, n) for name in _stages(plan)}, **counts}
+    counts = (read_json(folder / MANIFEST) or {})["counts"]
+    stages = {name: Progress(len(keys), len(keys)) for name, keys in _keys(plan).items()}
+    return {"stages": stages, **counts}
 
 
 def _so_far(folder: Path, plan: Fields | None) -> dict[str, Any]:
     """What the commits of this plan add up to."""
-    if plan is None:
-        return {}
-    keys = set(shard_keys(plan))
-    done = dict.fromkeys(_stages(plan), 0)
-    totals: dict[str, dict[str, int]] = {"queries": {}, "candidates": {}}
-    for stage, counts in _counted(folder, plan, keys):
-        done[stage] += 1
-        for name, total in totals.items() if stage == "pointwise" else ():
-            for what, count in counts[name].items():
-                total[what] = total.get(what, 0) + count
-    return {"stages": {name: Progress(n, len(keys)) for name, n in done.items()}, **totals}
-
-
-def _counted(folder: Path, plan: Fields, keys: set[str]) -> Iterator[tuple[str, Fields]]:
-    """(stage, counts) of the commits that count: of a planned shard and this fingerprint."""
+    keys = _keys(plan)
+    found: dict[str, list[Commit]] = {stage: [] for stage in keys}
     for path, commit in commits(folder):
         stage = path.parent.name
-        if stage not in _stages(plan) or path.stem not in keys or commit is None:
+        if plan is None or commit is None or path.stem not in keys.get(stage, ()):
             continue
-        if commit["fingerprint"] == plan["fingerprints"][stage]:
-            yield stage, commit["counts"]
+        if commit.fingerprint == plan["fingerprints"][stage]:
+            found[stage].append(commit)
+    figures = pointwise_figures(commit.counts for commit in found.get("pointwise", []))
+    return {
+        "stages": {name: Progress(len(found[name]), len(keys[name])) for name in keys},
+        "queries": figures["queries"],
+        "candidates": figures["candidates"],
+    }
 
 
-def _stages(plan: Fields | None) -> list[str]:
+def _keys(plan: Fields | None) -> dict[str, list[str]]:
+    """The shards of each stage that the job has."""
     if plan is None:
-        return []
-    return ["pointwise", "listwise"] if plan.get("listwise") else ["pointwise"]
+        return {}
+    outputs = outline(plan)
+    keys = {"pointwise": [shard.key for output in outputs for shard in output.shards]}
+    if plan["listwise"]:
+        keys["listwise"] = [key for output in outputs for key in _listwise_keys(output)]
+    return keys
 
 
-def _updated(folder: Path) -> str:
+def _listwise_keys(output: PlannedOutput) -> Iterator[str]:
+    """The second stage takes several small shards of the first together."""
+    shards = output.shards
+    together = grouped(shards, lambda s: s.n_queries, most=len(shards), limit=LEAST_QUERIES)
+    yield from (some[0].key for some in together)
+
+
+def _updated(folder: Path) -> str | None:
     """When a file of the job last changed."""
     places = [folder / name for name in (LOCK, PLAN, REPORT, SUCCESS)]
     places += [folder / "commits" / stage for stage in ("pointwise", "listwise")]
-    latest = max(path.lstat().st_mtime for path in places if path.exists())
+    latest = max((path.lstat().st_mtime for path in places if path.exists()), default=None)
+    if latest is None:
+        return None
     return datetime.fromtimestamp(latest, UTC).isoformat(timespec="seconds")

@@ -5,10 +5,10 @@ its results, line by line; the counts against the lines. Knows nothing of models
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from os import fstat
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,19 @@ import pyarrow.parquet as pq
 
 from dear_batch.errors import TrustError, TryAgainError
 from dear_batch.files.results import published_names
-from dear_batch.run.published import (
-    PLAN,
-    REPORT,
-    STAGES,
-    SUCCESS,
-    Fields,
-    commits,
-    open_regular,
-    read_fields,
-    read_plan,
-    sealed_manifest,
-    shard_keys,
-)
+from dear_batch.run.folder import PLAN, REPORT, SUCCESS, read_json, read_plan
+from dear_batch.run.planning import outline
+from dear_batch.run.publish import QUARANTINE
+from dear_batch.run.published import commits, open_regular, sealed_manifest
+from dear_batch.run.report import OK, TOO_MANY_BAD, TOO_MANY_FAILED, add_up
 from dear_batch.run.verify_run import RunCheck
 
+UNITS = ("queries", "candidates")
 FIRST = 5  # faults that an error names
-PUBLISHED = ("ok", "too-many-bad", "too-many-failed-windows")
-SKIPPED = "empty_list"  # nothing to rank, and not bad
+PUBLISHED = (OK, TOO_MANY_BAD, TOO_MANY_FAILED)
 NAMES = frozenset("/\\\0")
 _BLOCK = 1 << 20
+Fields = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -73,12 +66,10 @@ def verify(folder: Path) -> Verdict:
 
     Raises:
         TryAgainError: it is not finished.
-        InputError: it was written by another version.
     """
     verdict = Verdict(str(folder))
     try:
         manifest = sealed_manifest(folder)
-        plan = read_plan(folder)
     except TrustError as error:
         verdict.faults.append(f"{error.what} ({error.where})")
         return verdict
@@ -91,14 +82,17 @@ def verify(folder: Path) -> Verdict:
         )
     verdict.faults += _files(folder, manifest, verdict)
     if verdict.ok:
-        verdict.faults += _contents(folder, manifest, plan or {}, verdict)
+        verdict.faults += _contents(folder, manifest, verdict)
     return verdict
 
 
-def _contents(folder: Path, manifest: Fields, plan: Fields, verdict: Verdict) -> Iterator[str]:
+def _contents(folder: Path, manifest: Fields, verdict: Verdict) -> Iterator[str]:
     """What is wrong with files that are, byte by byte, those that were published."""
+    plan, report = read_plan(folder), read_json(folder / REPORT)
+    if plan is None or report is None:
+        yield f"{PLAN} or {REPORT}: not of this version of dear-batch"
+        return
     try:
-        report = read_fields(folder / REPORT) or {}
         yield from _same_job(manifest, plan)
         yield from _counts(manifest, report)
         yield from _runs(folder, manifest, verdict)
@@ -133,7 +127,7 @@ def _file_fault(folder: Path, name: str, record: Mapping[str, Any]) -> Iterator[
         yield f"{name}: it is missing"
         return
     with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor, no path
-        size = fstat(file.fileno()).st_size
+        size = os.fstat(file.fileno()).st_size
         if size != record["bytes"]:
             yield f"{name}: {size:,} bytes, not {record['bytes']:,}"
         elif hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
@@ -142,11 +136,12 @@ def _file_fault(folder: Path, name: str, record: Mapping[str, Any]) -> Iterator[
 
 def _same_job(manifest: Fields, plan: Fields) -> Iterator[str]:
     """The manifest and the plan tell of one job."""
-    for name in ("job", "fingerprints"):
+    for name in ("job", "listwise", "runtime", "fingerprints"):
         if manifest[name] != plan[name]:
             yield f"manifest.json: its {name} is not that of {PLAN}"
-    planned = {item["path"]: item["bytes"] for item in plan["inputs"]}
-    if {item["path"]: item["bytes"] for item in manifest["inputs"]} != planned:
+    if [{**pin, "sha256": None} for pin in manifest["inputs"]] != [
+        {**pin, "sha256": None} for pin in plan["job"]["inputs"]
+    ]:
         yield f"manifest.json: its inputs are not those of {PLAN}"
     if [o["stem"] for o in manifest["outputs"]] != [o["stem"] for o in plan["outputs"]]:
         yield f"manifest.json: its outputs are not those of {PLAN}"
@@ -156,7 +151,7 @@ def _counts(manifest: Fields, report: Fields) -> Iterator[str]:
     """Read = written + quarantined + skipped, the same in the report and over all outputs."""
     if report["status"] not in PUBLISHED:
         yield f"{REPORT}: its status is {report['status']}"
-    for unit in ("queries", "candidates"):
+    for unit in UNITS:
         count = manifest["counts"][unit]
         parts = count["written"] + count["quarantined"] + count["skipped"]
         if count["read"] != parts:
@@ -187,23 +182,21 @@ def _runs(folder: Path, manifest: Fields, verdict: Verdict) -> Iterator[str]:
 
 def _quarantine(folder: Path, manifest: Fields, report: Fields, verdict: Verdict) -> Iterator[str]:
     """The rows that were set aside are as many, of each reason, as was counted."""
-    name = "quarantine.parquet"
     reasons, found = Counter[str](), Counter[str]()
-    if name in manifest["files"]:
-        for batch in _batches(folder / name, ["reason", "docid", "candidates"]):
+    if QUARANTINE in manifest["files"]:
+        for batch in _batches(folder / QUARANTINE, ["reason", "docid", "candidates"]):
             for row in batch.to_pylist():
                 reasons[row["reason"]] += 1
-                kind = "skipped" if row["reason"] == SKIPPED else "quarantined"
-                found[f"queries {kind}"] += row["docid"] is None
-                found[f"candidates {kind}"] += row["candidates"]
+                found["queries"] += row["docid"] is None
+                found["candidates"] += row["candidates"]
     verdict.quarantined += reasons.total()
     if dict(reasons) != report["quarantine_reasons"]:
-        yield f"{name}: {dict(reasons)} by reason, and {report['quarantine_reasons']} in {REPORT}"
-    for unit in ("queries", "candidates"):
-        for kind in ("quarantined", "skipped"):
-            count, rows = manifest["counts"][unit][kind], found[f"{unit} {kind}"]
-            if count != rows:
-                yield f"{name}: {rows:,} {unit} {kind}, and {count:,} in the manifest"
+        counted = report["quarantine_reasons"]
+        yield f"{QUARANTINE}: {dict(reasons)} by reason, and {counted} in {REPORT}"
+    for unit in UNITS:
+        count = manifest["counts"][unit]["quarantined"]
+        if found[unit] != count:
+            yield f"{QUARANTINE}: {found[unit]:,} {unit}, and {count:,} in the manifest"
 
 
 def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -213,25 +206,21 @@ def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
 
 def _commits(folder: Path, manifest: Fields, plan: Fields, verdict: Verdict) -> Iterator[str]:
     """What commits and parts are still there fits together, and adds up where all are."""
-    keys, read = set(shard_keys(plan)), Counter[str]()
+    keys = {shard.key for output in outline(plan) for shard in output.shards}
+    counts = list[Mapping[str, Any]]()
     for path, commit in commits(folder):
         stage = path.parent.name
-        place = path.relative_to(folder)
         if commit is None:
-            yield f"{place}: it cannot be read"
+            yield f"{path.relative_to(folder)}: it cannot be read"
             continue
-        if commit["fingerprint"] != manifest["fingerprints"].get(stage, commit["fingerprint"]):
-            continue  # of an earlier listwise stage over the same parts
-        for part in commit["files"].values():
-            if (folder / part["name"]).exists() or (folder / part["name"]).is_symlink():
-                yield from _file_fault(folder, part["name"], part)
+        if commit.fingerprint != manifest["fingerprints"].get(stage, commit.fingerprint):
+            continue  # of an earlier second stage over the same parts
+        for part in commit.files.values():
+            if os.path.lexists(folder / part.name):
+                yield from _file_fault(folder, part.name, asdict(part))
                 verdict.parts += 1
-        if stage == STAGES[2] and path.stem in keys:
+        if stage == "pointwise" and path.stem in keys:
             keys.remove(path.stem)
-            for unit in ("queries", "candidates"):
-                for kind, count in commit["counts"][unit].items():
-                    read[f"{unit} {kind}"] += count
-    counts = manifest["counts"]
-    wanted = {f"{u} {k}": counts[u][k] for u in ("queries", "candidates") for k in counts[u]}
-    if not keys and {name: read[name] for name in wanted} != wanted:
+            counts.append({unit: commit.counts[unit] for unit in UNITS})
+    if not keys and add_up(counts) != manifest["counts"]:
         yield "commits/pointwise: the counts of the shards do not add up to the manifest's"

@@ -10,10 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
+from dear_batch.run.report import Tally
 
 FINGERPRINT = "ab" * 32
 UUID = "0123456789abcdef" * 2
-KEYS = ("00000-in-0000000000", "00000-in-0000000002")
+KEYS = ("00000-000000000000", "00000-000000000002")
+PIN = {
+    "path": "in.parquet",
+    "bytes": 9,
+    "mtime_ns": 1,
+    "footer_sha256": "cd" * 32,
+    "rows": 4,
+    "layout": "nested",
+}
 
 
 def dump(path: Path, fields: Any) -> None:
@@ -57,17 +66,16 @@ class Folder:
             {"first_row": 2 * i, "n_rows": 2, "n_queries": 2, "key": key}
             for i, key in enumerate(KEYS)
         ]
-        source = {"name": "in.parquet", "regrouped": False, "shards": shards}
+        source = {"inputs": [0], "regrouped": False, "kept_rows": {}, "shards": shards}
         fields = {
             "schema_version": 2,
-            "job": {"output": {"tag": "dear-batch"}},
+            "job": {"inputs": [PIN], "output": {"tag": "dear-batch"}},
             "listwise": {"depth": 2} if self.listwise else None,
-            "runtime": {"pointwise": {}, "listwise": None},
+            "runtime": {"pointwise": {"engine": "onnxruntime"}, "listwise": None},
             "fingerprints": {
                 "pointwise": FINGERPRINT,
                 "listwise": FINGERPRINT if self.listwise else None,
             },
-            "inputs": [{"path": "in.parquet", "bytes": 9, "rows": 4, "layout": "nested"}],
             "outputs": [{"stem": "run", "queries": 4, "sources": [source]}],
         }
         dump(self.path / "plan.json", fields)
@@ -81,6 +89,7 @@ class Folder:
             {"queries": count(2), "candidates": count(6, 1)},
             {"queries": count(2, 0, 1), "candidates": count(3)},
         ][number]
+        empty = Tally().to_json()
         fields = {
             "schema_version": 1,
             "stage": stage,
@@ -88,7 +97,7 @@ class Folder:
             "fingerprint": FINGERPRINT,
             "input_sha256": "cd" * 32,
             "files": {"part": {"name": name, **record(self.path / name)}},
-            "counts": counts,
+            "counts": {**empty, **counts},
             "attempt": UUID,
             "created": "2026-11-23T00:00:00+00:00",
             **changed,
@@ -103,9 +112,9 @@ class Folder:
         return self.path / "LOCK"
 
     def report(self, status: str = "ok", **fields: Any) -> None:
-        reasons = {"null_text": 1, "empty_list": 1}
+        reasons = {"null_text": 1}
         counts = {"queries": count(4, 0, 1), "candidates": count(9, 1)}
-        common = {"schema_version": 1, "status": status, "exit_code": 0, "outputs": ["run.trec"]}
+        common = {"schema_version": 2, "status": status, "exit_code": 0, "outputs": ["run.trec"]}
         every = {**common, **counts, "quarantine_reasons": reasons, **fields}
         dump(self.path / "report.json", every)
 
@@ -119,7 +128,6 @@ class Folder:
         pq.write_table(pa.Table.from_pylist(rows, RESULTS_SCHEMA), self.path / "results.parquet")
         aside = [
             {"reason": "null_text", "qid": "q2", "docid": "c", "candidates": 1},
-            {"reason": "empty_list", "qid": "q4", "docid": None, "candidates": 0},
         ]
         table = pa.Table.from_pylist(aside, QUARANTINE_SCHEMA)
         pq.write_table(table, self.path / "quarantine.parquet")
@@ -132,9 +140,8 @@ class Folder:
             "schema_version": 1,
             "tool": "dear-batch 0.1.0",
             "created": "2026-11-23T01:00:00+00:00",
-            "fingerprints": plan["fingerprints"],
-            "job": plan["job"],
-            "inputs": [{**item, "sha256": "ef" * 32} for item in plan["inputs"]],
+            **{n: plan[n] for n in ("job", "listwise", "runtime", "fingerprints")},
+            "inputs": [{**PIN, "sha256": "ef" * 32}],
             "outputs": [{"stem": "run", "queries": 3, "candidates": 8}],
             "files": {n: record(self.path / n) for n in names if (self.path / n).exists()},
             "counts": {"queries": count(4, 0, 1), "candidates": count(9, 1)},

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-import platform
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from dear_batch.errors import InputError, TrustError, UsageError
+from dear_batch.errors import InputError, UsageError
 from dear_batch.run import published
 from dear_batch.run.published import Holder
 from dear_batch.run.status import Progress, status_of
 from tests.run.folders import Folder
 
 HOLD = """
-import fcntl, json, os, platform, sys
+import fcntl, json, os, socket, sys
 lock = open(sys.argv[1], "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
-json.dump({"host": platform.node(), "pid": os.getpid(), "start": "2026-11-23T02:00:00Z"}, lock)
+json.dump({"host": socket.gethostname(), "pid": os.getpid(), "start": "2026-11-23T02:00:00Z"}, lock)
 lock.flush()
 print("held", flush=True)
 sys.stdin.read()
@@ -55,7 +55,7 @@ def test_a_folder_that_is_not_there_or_not_ours_is_refused(folder: Folder) -> No
     with pytest.raises(UsageError, match="is not a folder"):
         status_of(folder.path / "deeper")
     (folder.path / "thesis.tex").touch()
-    with pytest.raises(InputError, match=r"no job of dear-batch wrote into it"):
+    with pytest.raises(InputError, match="holds no output of this version"):
         status_of(folder.path)
 
 
@@ -63,11 +63,10 @@ def test_a_plan_of_another_version_is_refused(folder: Folder) -> None:
     folder.plan()
     plan = folder.path / "plan.json"
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"schema_version": 1}))
-    with pytest.raises(InputError, match="another version"):
-        status_of(folder.path)
-    plan.write_text("[]")
-    with pytest.raises(TrustError, match="not a JSON object"):
-        status_of(folder.path)
+    for text in (plan.read_text(), "[]", "{"):
+        plan.write_text(text)
+        with pytest.raises(InputError, match="of this version"):
+            status_of(folder.path)
 
 
 def test_a_planned_job(folder: Folder) -> None:
@@ -80,11 +79,11 @@ def test_a_planned_job(folder: Folder) -> None:
 def test_a_killed_job_is_stopped_and_says_how_far_it_came(folder: Folder) -> None:
     folder.listwise = True
     folder.plan()
-    folder.lock(platform.node(), os.getpid())
+    folder.lock(socket.gethostname(), os.getpid())
     folder.commit(0)
     found = status_of(folder.path)
     assert found.state == "stopped"
-    assert found.stages == {"pointwise": Progress(1, 2), "listwise": Progress(0, 2)}
+    assert found.stages == {"pointwise": Progress(1, 2), "listwise": Progress(0, 1)}
     assert found.queries == {"read": 2, "written": 2, "quarantined": 0, "skipped": 0}
     assert found.candidates == {"read": 6, "written": 5, "quarantined": 1, "skipped": 0}
     assert found.lock
@@ -93,7 +92,7 @@ def test_a_killed_job_is_stopped_and_says_how_far_it_came(folder: Folder) -> Non
     folder.commit(1)
     folder.commit(0, "listwise")
     again = status_of(folder.path)
-    assert again.stages == {"pointwise": Progress(2, 2), "listwise": Progress(1, 2)}
+    assert again.stages == {"pointwise": Progress(2, 2), "listwise": Progress(1, 1)}
     assert again.candidates["read"] == 9
 
 
@@ -110,7 +109,7 @@ def test_a_running_job_says_who_runs_it(folder: Folder, holding: int) -> None:
     folder.commit(0)
     found = status_of(folder.path)
     assert found.state == "running"
-    assert found.lock == Holder(True, platform.node(), holding, "2026-11-23T02:00:00Z")
+    assert found.lock == Holder(True, socket.gethostname(), holding, "2026-11-23T02:00:00Z")
     assert found.stages == {"pointwise": Progress(1, 2)}
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dear_batch.errors import InputError, TryAgainError
+from dear_batch.errors import TryAgainError
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
 from dear_batch.run import verify_run
 from dear_batch.run.verify import verify
@@ -41,7 +41,7 @@ def test_a_finished_folder(folder: Folder) -> None:
     verdict = verify(folder.path)
     assert verdict.ok, verdict.faults
     assert (verdict.files, verdict.lines, verdict.queries) == (5, 8, 3)
-    assert (verdict.quarantined, verdict.parts) == (2, 2)
+    assert (verdict.quarantined, verdict.parts) == (1, 2)
     names = ["run.trec", "results.parquet", "quarantine.parquet", "plan.json", "report.json"]
     assert verdict.bytes == sum((folder.path / name).stat().st_size for name in names)
 
@@ -64,8 +64,8 @@ def test_an_unfinished_folder_is_one_to_come_back_to(folder: Folder) -> None:
 
 def test_a_folder_of_another_version(folder: Folder) -> None:
     edit(folder.path / "plan.json", lambda plan: plan.update(schema_version=1))
-    with pytest.raises(InputError, match="another version"):
-        verify(folder.path)
+    folder.seal()
+    assert "not of this version" in only_fault(folder)
 
 
 @pytest.mark.parametrize("name", ["run.trec", "results.parquet", "plan.json", "report.json"])
@@ -86,10 +86,7 @@ def test_a_changed_file(name: str, how: str, folder: Folder, tmp_path: Path) -> 
             path.mkdir()
         case "pipe":
             os.mkfifo(path)
-    if how == "flipped" and name == "plan.json":
-        assert "plan.json is not valid JSON" in only_fault(folder)
-    else:
-        assert name in only_fault(folder)
+    assert name in only_fault(folder)
 
 
 def test_a_changed_manifest(folder: Folder) -> None:
@@ -238,7 +235,7 @@ def test_a_manifest_of_another_plan(folder: Folder) -> None:
     folder.seal()
     edit(
         folder.path / "manifest.json",
-        lambda fields: fields.update(job={"output": {"tag": "dear-batch"}}),
+        lambda fields: fields["job"].pop("depth"),
     )
     folder.success()
     assert "its job is not that of plan.json" in only_fault(folder)
@@ -257,11 +254,10 @@ def test_quarantined_rows_that_are_not_the_counted_ones(folder: Folder) -> None:
     folder.seal()
     fault = only_fault(folder)
     assert "{'null_text': 2} by reason" in fault
-    assert "2 candidates quarantined, and 1 in the manifest" in fault
-    assert "0 queries skipped, and 1 in the manifest" in fault
+    assert "2 candidates, and 1 in the manifest" in fault
     (folder.path / "quarantine.parquet").unlink()
     folder.seal()
-    assert "0 candidates quarantined, and 1 in the manifest" in only_fault(folder)
+    assert "0 candidates, and 1 in the manifest" in only_fault(folder)
 
 
 def test_a_damaged_part(folder: Folder) -> None:
