@@ -4,16 +4,19 @@ Only files of our own names are ever removed, no link is followed, and only the 
 folder's lock removes anything from it.
 """
 
+import os
 import re
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from dear_batch.errors import DearBatchError, TrustError, TryAgainError, UsageError
 from dear_batch.files.durable import remove
+from dear_batch.files.results import published_names
 from dear_batch.run.folder import (
     LOCK,
     MANIFEST,
@@ -25,6 +28,7 @@ from dear_batch.run.folder import (
     read_plan,
 )
 from dear_batch.run.ledger import FOLDERS, STAGES, Ledger, discard
+from dear_batch.run.publish import QUARANTINE
 from dear_batch.run.published import holder, sealed_manifest
 
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{32}|[a-z0-9_]{8})\.tmp")
@@ -47,6 +51,11 @@ class Collected:
     bytes: int = 0
     foreign: list[str] = field(default_factory=list)
     why: str = ""
+
+    def count(self, sizes: Sequence[int]) -> None:
+        """Add files of these bytes."""
+        self.files += len(sizes)
+        self.bytes += sum(sizes)
 
 
 def age_s(text: str) -> int:
@@ -115,33 +124,42 @@ def _is_older(folder: Path, age: int) -> bool:
 def _dry(folder: Path, *, whole: bool) -> Collected:
     """What `_collect` would do; the lock is looked at, not taken."""
     lock = holder(folder)
-    if lock and lock.held is not False:
+    if lock and lock.held:
         return Collected(str(folder), "held", why=f"pid {lock.pid} on {lock.host}")
-    return _count(folder, _targets(folder, whole=whole), whole=whole)
+    targets = _targets(folder, whole=whole)
+    found = Collected(str(folder), "removed" if whole else "orphans")
+    for path in targets:
+        found.count(_sizes(path))
+    found.foreign = sorted(_foreign(folder, set(targets))) if whole else []
+    return found
 
 
 def _collect(folder: Path, *, whole: bool) -> Collected:
+    found = Collected(str(folder), "removed" if whole else "orphans")
     with locked(folder):
-        targets = _targets(folder, whole=whole)
-        found = _count(folder, targets, whole=whole)
-        for path in targets:
-            if path.name == SUCCESS or not whole:
-                remove(path) if path.is_file() else discard(path)
-            else:
-                discard(path)
+        # A folder of which half is gone must not look finished, so its end goes first.
+        for path in _targets(folder, whole=whole):
+            sizes = _sizes(path)
+            remove(path) if path.name == SUCCESS else discard(path)
+            if not os.path.lexists(path):
+                found.count(sizes)
         if whole:
-            _remove_folders(folder, found)
+            found.foreign = sorted(_foreign(folder, set()))
+            _remove_folders(folder)
     return found
 
 
 def _targets(folder: Path, *, whole: bool) -> list[Path]:
-    """What is to go, in this order: a folder that is removed half never looks finished."""
+    """What is to go, in this order."""
     if not whole:
-        return [path for path in Ledger(folder).orphans() if _is_ours(folder, path)]
-    named = [SUCCESS, *(sealed_manifest(folder) or {"files": {}})["files"]]
-    named += [MANIFEST, REPORT, METRICS, PLAN]
-    files = [folder / name for name in dict.fromkeys(named) if "/" not in name]
-    return [path for path in [*files, *_inner(folder)] if _is_file(path) or _is_ours(folder, path)]
+        orphans = dict.fromkeys(Ledger(folder).orphans())  # temporary files come twice
+        return [path for path in orphans if _is_ours(folder, path)]
+    stems = [output["stem"] for output in (sealed_manifest(folder) or {})["outputs"]]
+    names = [name for stem in stems for name in published_names(stem).values() if "/" not in name]
+    files = [SUCCESS, MANIFEST, *names, QUARANTINE, REPORT, METRICS]
+    found = [folder / name for name in files if _is_file(folder / name)]
+    # The plan goes last: until then the folder is known as one of ours.
+    return [*found, *_inner(folder), folder / PLAN]
 
 
 def _inner(folder: Path) -> Iterator[Path]:
@@ -174,21 +192,11 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _count(folder: Path, targets: Sequence[Path], *, whole: bool) -> Collected:
-    files = [file for path in targets for file in _files(path)]
-    foreign = sorted(_foreign(folder, set(targets))) if whole else []
-    size = sum(file.lstat().st_size for file in files)
-    return Collected(
-        str(folder), "removed" if whole else "orphans", len(files), size, foreign=foreign
-    )
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """A file itself, or those of a temporary folder."""
+def _sizes(path: Path) -> list[int]:
+    """The bytes of a file, or of each file of a temporary folder."""
     if path.is_dir() and not path.is_symlink():
-        yield from (p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
-    else:
-        yield path
+        return [p.lstat().st_size for p in path.rglob("*") if p.is_symlink() or not p.is_dir()]
+    return [path.lstat().st_size]
 
 
 def _foreign(folder: Path, targets: set[Path]) -> Iterator[str]:
@@ -199,13 +207,13 @@ def _foreign(folder: Path, targets: set[Path]) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
-def _remove_folders(folder: Path, found: Collected) -> None:
-    """The folders themselves, the lock last; one that still holds something stays."""
+def _remove_folders(folder: Path) -> None:
+    """The folders themselves and LOCK, so far as nothing else lies in them."""
     inner = [folder / "commits" / stage for stage in STAGES]
-    inner += [folder / place for place in (*FOLDERS, "commits")]
-    for place in inner:
-        if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
-            place.rmdir()
-    if not found.foreign:
-        (folder / LOCK).unlink(missing_ok=True)
+    for place in [*inner, *(folder / place for place in (*FOLDERS, "commits"))]:
+        if not place.is_symlink():
+            with suppress(OSError):  # not there, or not empty
+                place.rmdir()
+    if [path.name for path in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
         folder.rmdir()
