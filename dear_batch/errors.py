@@ -72,6 +72,16 @@ class ConfigurationError(DearBatchError):
     exit_code = 78
 
 
+def too_little_memory(purpose: str, where: str) -> TryAgainError:
+    """The error where no smaller step is left to take."""
+    return TryAgainError(
+        f"There is not enough memory to {purpose}.",
+        where=where.strip(),
+        next_step="end what else holds memory of the device, then run the same command again; "
+        "with a smaller batch_tokens an engine holds less",
+    )
+
+
 def missing_extra(package: str, extra: str, purpose: str) -> ConfigurationError:
     """The error for a feature whose optional dependency is not installed."""
     return ConfigurationError(

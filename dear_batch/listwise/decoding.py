@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dear_batch.listwise.model import LanguageModel
 from dear_batch.listwise.reasoning import Reasoning
 from dear_batch.listwise.writing import Logits, Speller, Writer
+from dear_batch.torch_memory import memory_errors
 
 Ids = NDArray[np.int32]
 SPARE_SLOTS = 16  # slots allotted for each identifier; more are made when a batch runs out
@@ -54,9 +55,18 @@ class PermutationDecoder:
         self.forwards = 0
 
     def decode(self, rows: Sequence[Row]) -> None:
-        """Write all answers; each row's writer then holds its own."""
-        with torch.inference_mode():
-            self._decode(rows)
+        """Write all answers; each row's writer then holds its own.
+
+        Raises:
+            MemoryError: there is not enough for these rows, which are then of no more use;
+                nothing of the attempt is held.
+        """
+        try:
+            with memory_errors(), torch.inference_mode():
+                self._decode(rows)
+        except MemoryError:
+            self._release()
+            raise
 
     def _decode(self, rows: Sequence[Row]) -> None:
         self._speller.forget()
@@ -70,7 +80,11 @@ class PermutationDecoder:
         while self._without_done(active):
             self._step(active[: self._reasoning_first(active) or None])
         self._count_overruled()
+        self._release()
+
+    def _release(self) -> None:
         self._model.end()
+        self._chosen, self._states = [], []
 
     def _read(self, rows: Sequence[Row]) -> None:
         """Prompts of similar lengths together, as many as the budget holds; the first alone.
@@ -187,7 +201,6 @@ class PermutationDecoder:
             greedy = self._model.greedy(torch.stack(self._states[part]))
             for (row, chosen), token in zip(self._chosen[part], greedy, strict=True):
                 row.overruled += token != chosen
-        self._chosen, self._states = [], []
 
 
 def slots_of(row: Row) -> int:

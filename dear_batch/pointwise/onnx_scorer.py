@@ -5,13 +5,15 @@ serves `final-position` pooling, which reads a padding token.
 """
 
 import io
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
 from dear_batch.errors import ConfigurationError
 from dear_batch.pointwise.recipe import Recipe
@@ -26,6 +28,15 @@ ort.set_default_logger_severity(4)
 # (row_tokens, batch_tokens). On CPU one row a call never pads. On a GPU a call must be large to
 # fill it. A throughput benchmark has yet to choose both.
 BUDGETS = {"cpu": (512, 512), "cuda": (1024, 16384)}
+
+# What the exceptions `Fail` and `RuntimeException` say when memory ran out, and only then: both
+# are raised for other faults too.
+_OUT_OF_MEMORY = (
+    "Failed to allocate memory for requested buffer of size",  # its arena, CPU and CUDA
+    "std::bad_alloc",  # what kernels allocate past the arena
+    "CUDA failure 2: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class PackedOnnxScorer:
@@ -49,8 +60,7 @@ class PackedOnnxScorer:
             "segments": arrays.segments_RT,
             "pooled": arrays.pooled_N,
         }
-        (scores_N,) = self._session.run(["scores"], feeds)
-        return np.asarray(scores_N, np.float32)
+        return run(self._session, "scores", feeds)
 
 
 class PaddedOnnxScorer:
@@ -69,8 +79,29 @@ class PaddedOnnxScorer:
         """Raw logits, scores_N."""
         input_ids_RT, attention_mask_RT = padded_arrays(batch, self._pad_id)
         feeds = {"input_ids": input_ids_RT, "attention_mask": attention_mask_RT}
-        (logits_R1,) = self._session.run(["logits"], feeds)
-        return np.asarray(logits_R1, np.float32)[:, 0]
+        return run(self._session, "logits", feeds)[:, 0]
+
+
+def run(session: ort.InferenceSession, output: str, feeds: dict[str, Any]) -> NDArray[np.float32]:
+    """One output of a session.
+
+    Raises:
+        MemoryError: there was not enough; the session can be used again.
+    """
+    with _memory_errors():
+        (found,) = session.run([output], feeds)
+    return np.asarray(found, np.float32)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Raise MemoryError where a block ends because memory ran out; other errors stay."""
+    try:
+        yield
+    except (Fail, RuntimeException) as error:
+        if not any(text in str(error) for text in _OUT_OF_MEMORY):
+            raise
+        raise MemoryError(str(error)) from error
 
 
 def onnx_scorer(bundle: "Bundle", device: str) -> PackedOnnxScorer | PaddedOnnxScorer:
@@ -86,15 +117,15 @@ def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:
 
     Raises:
         ConfigurationError: CUDA was asked for and ONNX Runtime could not use it.
+        MemoryError: there is not enough for the graph's weights.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is told by an exception
     # Rows differ in length from call to call, so planned memory patterns only pile up.
     options.enable_mem_pattern = False
     cuda = _cuda_device(device)
     if cuda is None:
-        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        return session, "cpu"
+        return _session(graph, options, ["CPUExecutionProvider"]), "cpu"
     # CUDA libraries that were installed by pip are not on the loader's path. What is missing
     # would be printed to stdout; it goes into the error instead.
     missing = io.StringIO()
@@ -103,7 +134,7 @@ def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:
     # TF32, the default, keeps 10 bits of fp32: the parity gate promises all.
     settings = {"device_id": cuda, "use_tf32": 0}
     providers = [("CUDAExecutionProvider", settings), "CPUExecutionProvider"]
-    session = ort.InferenceSession(graph, options, providers=providers)
+    session = _session(graph, options, providers)
     if session.get_providers()[0] == "CUDAExecutionProvider":
         return session, f"cuda:{cuda}"
     if device == "auto":
@@ -114,6 +145,13 @@ def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:
         valid="--device cpu, or a machine with an NVIDIA driver and CUDA libraries",
         next_step='python -c "import onnxruntime as o; print(o.get_available_providers())"',
     )
+
+
+def _session(
+    graph: Path, options: ort.SessionOptions, providers: list[Any]
+) -> ort.InferenceSession:
+    with _memory_errors():
+        return ort.InferenceSession(graph, options, providers=providers)
 
 
 def _cuda_device(device: str) -> int | None:

@@ -11,6 +11,8 @@ Shapes: R rows of a batch, T tokens of its longest row, N documents of the batch
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,11 +186,45 @@ def batches(pairs: Sequence[EncodedPair], layout: Layout) -> Iterator[Batch]:
         ValueError: a pair is longer than a packed row.
     """
     rows = pack(pairs, layout.row_tokens) if layout.packed else one_document_a_row(pairs)
+    yield from _together(pairs, rows, layout.batch_tokens, layout.fixed_length)
+
+
+def smaller(batch: Batch, most: int, fixed_length: int | None = None) -> list[Batch]:
+    """A batch in parts of at most `most` tokens, padding included; one document always passes.
+
+    Rows that are longer are split between their documents. A batch that is within it is the
+    only part.
+    """
+    rows = [part for row in batch.rows for part in _split(batch.pairs, row, most)]
+    return list(_together(batch.pairs, rows, most, fixed_length))
+
+
+def _split(pairs: Sequence[EncodedPair], row: Row, most: int) -> list[Row]:
+    places = [(group.prefix, document) for group in row.groups for document in group.documents]
+    if row.tokens <= most or len(places) == 1:
+        return [row]
+    middle = len(places) // 2
+    halves = (_row(pairs, half) for half in (places[:middle], places[middle:]))
+    return [part for half in halves for part in _split(pairs, half, most)]
+
+
+def _row(pairs: Sequence[EncodedPair], places: list[tuple[bytes, int]]) -> Row:
+    groups = tuple(
+        Group(prefix, [document for _, document in members])
+        for prefix, members in groupby(places, key=itemgetter(0))
+    )
+    prefixes = sum(len(pairs[group.documents[0]].prefix_ids) for group in groups)
+    return Row(groups, prefixes + sum(len(pairs[d].document_ids) for _, d in places))
+
+
+def _together(
+    pairs: Sequence[EncodedPair], rows: list[Row], most: int, fixed_length: int | None
+) -> Iterator[Batch]:
     rows.sort(key=lambda row: -row.tokens)
     start = 0
     while start < len(rows):
-        length = layout.fixed_length or rows[start].tokens
-        count = max(1, layout.batch_tokens // length)
+        length = fixed_length or rows[start].tokens
+        count = max(1, most // length)
         yield Batch(pairs, tuple(rows[start : start + count]), length)
         start += count
 

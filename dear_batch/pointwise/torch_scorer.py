@@ -18,6 +18,8 @@ try:
     from safetensors.torch import load_file
     from torch import nn
     from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from dear_batch.torch_memory import memory_errors
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "torch", "export", "Scoring with PyTorch") from error
 
@@ -49,11 +51,12 @@ class TorchScorer:
                 f"PyTorch finds no GPU for --device {device}.",
                 valid=f"--device cpu, or one of {torch.cuda.device_count()} GPUs",
             )
-        return cls(model_from_bundle(bundle), bundle.recipe, device)
+        with memory_errors():
+            return cls(model_from_bundle(bundle), bundle.recipe, device)
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Raw logits, scores_N."""
-        with torch.inference_mode():
+        with memory_errors(), torch.inference_mode():
             return self._score(batch)
 
     def _score(self, batch: Batch) -> NDArray[np.float32]:

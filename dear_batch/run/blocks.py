@@ -34,12 +34,16 @@ class Block:
 
 @dataclass(slots=True)
 class Work:
-    """What was scored: pairs, and the tokens of the distinct ones; computed ones with padding."""
+    """What was scored: pairs, and the tokens of the distinct ones; computed ones with padding.
+
+    `memory_backoffs` is how often a batch was halved because memory ran out.
+    """
 
     pairs: int = 0
     truncated_pairs: int = 0
     tokens: int = 0
     computed_tokens: int = 0
+    memory_backoffs: int = 0
 
 
 def blocks(
@@ -81,7 +85,10 @@ def score_block(
         work.computed_tokens += len(batch.rows) * batch.length
         advance(scored / len(pairs))
 
-    values = iter(score_pairs(scorer, pairs, count).tolist())
+    def backed_off(_tokens: int) -> None:
+        work.memory_backoffs += 1
+
+    values = iter(score_pairs(scorer, pairs, count, backed_off).tolist())
     work.pairs += len(pairs)
     work.truncated_pairs += sum(pair.truncated for pair in pairs)
     return [
