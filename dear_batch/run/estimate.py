@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +26,7 @@ from dear_batch.listwise.prompts import load_prompt, passage_text
 from dear_batch.listwise.windows import windows
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.run.admission import Admitted
-from dear_batch.run.folder import check_folder
+from dear_batch.run.folder import check_folder, finished
 from dear_batch.run.listwise import NEEDED
 from dear_batch.run.plan import Plan, plan_job
 from dear_batch.run.planning import fitting_plan, wanted_now
@@ -98,12 +100,13 @@ class _Count:
             self.windows += 1
             if self.prompts and end - start > 1:
                 texts = [passage_text(c.title, c.text or "") for c in shown[start:end]]
-                self.prompt_sample.offer(partial(self._prompt, item.query, texts))
+                self.prompt_sample.offer(partial(_prompt, self.prompts, item.query, texts))
 
-    def _prompt(self, query: str, passages: list[str]) -> int | None:
-        assert self.prompts is not None
-        (prompt,) = self.prompts.encode([(query, passages)])
-        return None if prompt is None else len(prompt.ids)
+
+def _prompt(encoder: PromptEncoder, query: str, passages: list[str]) -> int | None:
+    """Tokens of a window's prompt, None where it does not fit."""
+    (prompt,) = encoder.encode([(query, passages)])
+    return None if prompt is None else len(prompt.ids)
 
 
 def estimate(
@@ -138,7 +141,8 @@ def estimate(
     found = {**_counted(spec, plan, count), **_pointwise(spec, count, bundle, engine, price)}
     if listwise and second:
         found["listwise"] = _listwise(count, second[0], spec.execution.device)
-    return {**_end(spec, count), **found, **_total(found, price), "space": _space(space)}
+    done = {"already_done": finished(folder) is not None}
+    return {**_end(spec, count), **done, **found, **_total(found, price), "space": _space(space)}
 
 
 def _bundle(spec: JobSpec) -> tuple[Bundle, str]:
@@ -171,15 +175,17 @@ def _read(spec: JobSpec, plan: Plan, count: _Count, watch: Watch) -> None:
             count.tally.candidates.read += len(item.candidates)
             yield item
 
-    for source, shard in plan.shards:
+    for source, shards in groupby(plan.shards, key=itemgetter(0)):
+        places = plan.places(source)
         with RowReader(source.file) as reader:
-            lists = counted(reader.read(shard.first_row, shard.n_rows))
-            for item in admit(spec, source, plan.places(source), lists):
-                count.add(item, spec)
-        done += shard.n_queries
-        count.tally.queries.read = done
-        watch.check()
-        watch.advance("dry run", done, total)
+            for _, shard in shards:
+                lists = counted(reader.read(shard.first_row, shard.n_rows))
+                for item in admit(spec, source, places, lists):
+                    count.add(item, spec)
+                done += shard.n_queries
+                watch.check()
+                watch.advance("dry run", done, total)
+    count.tally.queries.read = done
 
 
 def _counted(spec: JobSpec, plan: Plan, count: _Count) -> Fields:
