@@ -131,8 +131,8 @@ def remove(path: Path) -> None:
     Raises:
         OutputError: the folder is read-only.
     """
-    with writing(path):
-        if path.exists() or path.is_symlink():
+    if path.exists() or path.is_symlink():
+        with writing(path):
             path.unlink()
             sync(path.parent)
 
