@@ -5,30 +5,28 @@ line is one JSON object where a command has an outcome.
 """
 
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from dear_batch import __version__
 from dear_batch.cli.data import convert, evaluate, inspect
+from dear_batch.cli.folders import gc, status, verify
 from dear_batch.cli.jobs import run
 from dear_batch.cli.models import export, score, verify_reference
 from dear_batch.errors import DearBatchError
+from dear_batch.log import log_error
 
 
 class _Group(click.Group):
-    """A group whose commands end in our errors: one message on stderr, and their exit code."""
+    """A group whose commands end in our errors: a message on stderr, and their exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except DearBatchError as error:
-            _fail(error)
-
-
-def _fail(error: DearBatchError) -> NoReturn:
-    click.secho(f"error: {error}", err=True, fg="red" if sys.stderr.isatty() else None)
-    sys.exit(error.exit_code)
+            log_error(error)
+            sys.exit(error.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,5 +43,16 @@ def main() -> None:
     """  # noqa: D301 - click reads \b
 
 
-for _command in (convert, export, run, score, evaluate, inspect, verify_reference):
+for _command in (
+    convert,
+    export,
+    run,
+    status,
+    verify,
+    gc,
+    score,
+    evaluate,
+    inspect,
+    verify_reference,
+):
     main.add_command(_command)

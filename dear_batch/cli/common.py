@@ -1,10 +1,6 @@
-"""What every command shares: the outcome on stdout, and what a command line must have."""
+"""What every command shares: what a command line must have."""
 
-import json
 from collections.abc import Mapping
-from typing import Any
-
-import click
 
 from dear_batch.errors import UsageError
 
@@ -18,8 +14,3 @@ def need(options: Mapping[str, object]) -> None:
             valid=f"a SPEC.toml, or all of: {', '.join(options)}",
             next_step="the same command with --help",
         )
-
-
-def outcome(fields: Mapping[str, Any]) -> None:
-    """Print the JSON object that ends stdout, for programs."""
-    click.echo(json.dumps(fields, ensure_ascii=False))

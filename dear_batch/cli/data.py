@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from dear_batch.cli.common import outcome
 from dear_batch.errors import UsageError
+from dear_batch.log import outcome
 
 CONVERT_EXAMPLES = """
 \b

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from dear_batch.cli.common import need, outcome
+from dear_batch.cli.common import need
 from dear_batch.errors import ConfigurationError, InputError, UsageError
+from dear_batch.log import outcome
 
 EXPORT_EXAMPLES = """
 \b

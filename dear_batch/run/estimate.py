@@ -4,7 +4,7 @@ Loads no model, and neither ONNX Runtime nor PyTorch: tokens are counted on a sa
 spread over all files. Writes nothing that stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -35,7 +35,6 @@ from dear_batch.run.rates import recall
 from dear_batch.run.report import TOO_MANY_BAD, Tally
 from dear_batch.run.sample import Spread
 from dear_batch.run.space import Space, check_space
-from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec, ListwiseSpec
 
 DRY_RUN = "dry-run"
@@ -43,6 +42,7 @@ SAMPLE_PAIRS = 2048
 SAMPLE_WINDOWS = 128
 ROW_TOKENS = 512  # of packed rows, as ONNX Runtime gets them on a CPU
 Fields = dict[str, Any]
+Advance = Callable[[str, float, int], None]  # (stage, queries done, queries in all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,11 @@ def _prompt(encoder: PromptEncoder, query: str, passages: list[str]) -> int | No
 
 
 def estimate(
-    spec: JobSpec, *, stage: str = "all", price: Price | None = None, watch: Watch | None = None
+    spec: JobSpec,
+    *,
+    stage: str = "all",
+    price: Price | None = None,
+    advance: Advance = lambda _stage, _done, _total: None,
 ) -> Fields:
     """Read all inputs of a job, and say what it will take; the fields of an outcome.
 
@@ -124,7 +128,7 @@ def estimate(
             valid="--stage all or pointwise with --dry-run",
         )
     listwise = spec.listwise if stage == "all" else None
-    price, watch = price or Price(), watch or Watch()
+    price = price or Price()
     folder = Path(spec.output.folder)
     check_folder(folder)
     wanted = wanted_now(spec, stage, folder)
@@ -134,10 +138,10 @@ def estimate(
     encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
     with scratch_folder(place / folder.absolute().name) as scratch:
-        plan = plan_job(spec, scratch, files=wanted.files, beat=watch.check)
+        plan = plan_job(spec, scratch, files=wanted.files)
         space = check_space(spec, plan)
         count = _Count(encoder, second[1] if second else None)
-        _read(spec, plan, count, watch)
+        _read(spec, plan, count, advance)
     found = {**_counted(spec, plan, count), **_pointwise(spec, count, bundle, engine, price)}
     if listwise and second:
         found["listwise"] = _listwise(count, second[0], spec.execution.device)
@@ -166,7 +170,7 @@ def _listwise_bundle(spec: ListwiseSpec, *, paranoid: bool) -> tuple[Bundle, Pro
     return bundle, None if load_prompt(spec.prompt).is_chat else check_listwise(bundle, spec)
 
 
-def _read(spec: JobSpec, plan: Plan, count: _Count, watch: Watch) -> None:
+def _read(spec: JobSpec, plan: Plan, count: _Count, advance: Advance) -> None:
     """Every row through admission."""
     total, done = sum(output.n_queries for output in plan.outputs), 0
 
@@ -183,8 +187,7 @@ def _read(spec: JobSpec, plan: Plan, count: _Count, watch: Watch) -> None:
                 for item in admit(spec, source, places, lists):
                     count.add(item, spec)
                 done += shard.n_queries
-                watch.check()
-                watch.advance("dry run", done, total)
+                advance("dry run", done, total)
     count.tally.queries.read = done
 
 
