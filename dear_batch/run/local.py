@@ -5,6 +5,7 @@ changes nothing. The two models are never loaded at once.
 """
 
 import gc
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,7 @@ from dear_batch.run.planning import (
 from dear_batch.run.pointwise import Poison
 from dear_batch.run.publish import Finished, publish
 from dear_batch.run.report import Stopwatch
+from dear_batch.run.space import check_space
 from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec, ListwiseSpec
 
@@ -96,6 +98,7 @@ class Job:
     poison: Poison
     careful: bool
     clock: Stopwatch = field(default_factory=Stopwatch)
+    started: float = field(default_factory=time.perf_counter)
     phase: str = "check"
 
     @cached_property
@@ -115,8 +118,7 @@ class Job:
         manifest = finished(folder)
         if manifest and self._is_done(manifest, wanted):
             return outcome.again(self.spec, folder)
-        with self.clock.timed("total"):
-            return self._work(wanted)
+        return self._work(wanted)
 
     def _begin(self, phase: str) -> None:
         self.phase = phase
@@ -154,6 +156,7 @@ class Job:
             fields, commits = self._stage_one(fields, plan, wanted, commits)
             gc.collect()  # the scorer is gone before the other model comes
         if self.stage == "pointwise":
+            self.clock.seconds["total"] = time.perf_counter() - self.started
             return outcome.outstanding(self.spec, folder, fields, commits, self.clock)
         if len(commits) < n_shards(fields):
             raise no_stage_one(folder)
@@ -189,6 +192,7 @@ class Job:
             bundle, encoder, scorer = load_pointwise(self.spec)
         fields = self._with_runtime(fields, pointwise.STAGE, pointwise_runtime(bundle, scorer))
         plan = plan or plan_again(fields, wanted, self.ledger, self.watch)
+        check_space(self.spec, plan)
         todo = [(source, shard) for source, shard in plan.shards if shard.key not in commits]
         total = sum(output.n_queries for output in plan.outputs)
         done = total - sum(shard.n_queries for _, shard in todo)
@@ -293,6 +297,7 @@ class Job:
             first = [commits[shard.key] for shard in planned.shards]
             second = None if found is None else [found[group.key] for group in some]
             outputs.append(Finished(planned.stem, first, second))
+        self.clock.seconds["total"] = time.perf_counter() - self.started
         report = outcome.report(self.spec, fields, outputs, self.clock, self.ledger.attempt)
         inputs = [
             {**pin, "sha256": recorded(self.ledger, number)}
