@@ -70,6 +70,7 @@ class ListwiseRanker:
 
         Raises:
             ConfigurationError, UsageError: as `check_listwise`, or the device is not there.
+            TrustError: the bundle was changed while it was being loaded.
         """
         encoder = check_listwise(bundle, spec)
         device = found_device(device)
@@ -77,6 +78,7 @@ class ListwiseRanker:
         precision = chosen if spec.precision == "auto" else spec.precision
         model = LanguageModel.from_bundle(bundle, device, precision)
         tokenizer = Tokenizer.from_file(str(bundle.file("tokenizer.json")))
+        bundle.check_unchanged()
         return cls(model, encoder, spec, tokenizer)
 
     @property
