@@ -31,6 +31,8 @@ from dear_batch.verified import FileState, Hashes, opened_file, opened_folder
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 MAX_MANIFEST_BYTES = 16 << 20
+OWN = "sha256"  # the manifest's field about itself
+BLANK = "0" * 64
 GRAPHS = "onnx"  # a graph may name any file beside it as its weights
 Task = Literal["pointwise", "listwise"]
 
@@ -165,9 +167,14 @@ def hash_folder(folder: Path) -> dict[str, FileRecord]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `bundle.json`; the folder is published by a rename of the whole."""
-    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    """Write `bundle.json`; the folder is published by a rename of the whole.
+
+    It begins with the sha256 of itself, that field in zeros, so that it tells of any changed
+    byte, as its other fields do of the files.
+    """
+    text = json.dumps({OWN: BLANK, **manifest.to_json()}, indent=2, ensure_ascii=False) + "\n"
+    text = text.replace(BLANK, hashlib.sha256(text.encode()).hexdigest(), 1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def open_bundle(
@@ -223,9 +230,10 @@ def _read_manifest(folder: Path, top: int) -> tuple[bytes, FileState]:
 def _parse(path: Path, raw: bytes) -> Manifest:
     try:
         fields = trust.read_json(raw)
+        _check_own(fields.pop(OWN, None), raw)
         version = fields["schema_version"]
         why = misfit(fields) if version == SCHEMA_VERSION else None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable_manifest(path, repr(error)) from error
     if version != SCHEMA_VERSION:
         raise ConfigurationError(
@@ -236,6 +244,19 @@ def _parse(path: Path, raw: bytes) -> Manifest:
     if why is not None:
         raise _unreadable_manifest(path, why.removeprefix("."))
     return Manifest.from_json(fields)
+
+
+def _check_own(sha256: str | None, raw: bytes) -> None:
+    """Bundles of the first versions have none.
+
+    Raises:
+        ValueError: the manifest was changed.
+    """
+    if sha256 is None:
+        return
+    blank = raw.replace(sha256.encode(), BLANK.encode(), 1)
+    if hashlib.sha256(blank).hexdigest() != sha256:
+        raise ValueError(f"its own sha256 is not {sha256}")
 
 
 def _unreadable_manifest(path: Path, why: str) -> TrustError:

@@ -144,6 +144,7 @@ def test_a_bundle_of_the_other_task_is_refused_unread(folder: Path) -> None:
 def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     """Change the fields of the manifest as whoever made the bundle could."""
     fields = json.loads((folder / "bundle.json").read_text())
+    del fields["sha256"]
     edit(fields)
     (folder / "bundle.json").write_text(json.dumps(fields))
 
@@ -237,6 +238,7 @@ def test_only_listed_files_are_handed_out(folder: Path) -> None:
         "[]",
         "1",
         "[" * 100_000,
+        '{"sha256": 1, "schema_version": 1}',
         '{"schema_version": 1}',
         '{"schema_version": 1, "recipe": null, "files": []}',
     ],
@@ -247,8 +249,7 @@ def test_a_broken_manifest(folder: Path, text: str) -> None:
 
 
 def test_another_schema_version(folder: Path) -> None:
-    fields = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps({**fields, "schema_version": 99}))
+    edited(folder, lambda fields: fields.update(schema_version=99))
     with pytest.raises(ConfigurationError, match="schema version 99"):
         open_bundle(folder)
 
@@ -256,6 +257,21 @@ def test_another_schema_version(folder: Path) -> None:
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="not a bundle"):
         open_bundle(tmp_path)
+
+
+def test_one_flipped_bit_anywhere_in_the_manifest(folder: Path) -> None:
+    path = folder / "bundle.json"
+    whole = path.read_bytes()
+    for at, byte in enumerate(whole):
+        path.write_bytes(whole[:at] + bytes([byte ^ 1 << at % 8]) + whole[at + 1 :])
+        refused(folder, "cannot be read")
+    path.write_bytes(whole)
+    assert open_bundle(folder).recipe == RECIPE
+
+
+def test_a_manifest_of_the_first_versions_has_no_hash_of_its_own(folder: Path) -> None:
+    edited(folder, lambda _fields: None)
+    assert open_bundle(folder).recipe == RECIPE
 
 
 def test_a_manifest_beyond_any_size(folder: Path) -> None:

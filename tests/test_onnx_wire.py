@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from dear_batch.onnx_wire import (
     ENTRY,
@@ -256,7 +257,7 @@ def locations_in(message: object) -> set[str]:
 
 
 def test_a_real_graph_on_disk_names_its_weights(tmp_path: Path) -> None:
-    weights = helper.make_tensor("w", TensorProto.FLOAT, [4096], [0.0] * 4096)
+    weights = numpy_helper.from_array(np.zeros(4096, np.float32), "w")
     onnx.save_model(
         model(initializer=[weights]),
         tmp_path / "model.onnx",
