@@ -77,7 +77,9 @@ def opened_file(top: int, name: str) -> Iterator[BufferedReader]:
     """
     path = PurePosixPath(name)
     with opened_folder(path.parent, top) as folder:
-        raw = FileIO(path.name, opener=lambda part, _flags: os.open(part, FLAGS, dir_fd=folder))
+        raw: Any = FileIO(
+            path.name, opener=lambda part, _flags: os.open(part, FLAGS, dir_fd=folder)
+        )
     with BufferedReader(raw) as file:
         yield file
 

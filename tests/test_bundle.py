@@ -117,6 +117,14 @@ def test_a_file_the_manifest_does_not_list_anywhere(name: str, folder: Path) -> 
     refused(folder, f"{top}: the manifest does not list it")
 
 
+def test_an_unlisted_name_that_a_terminal_would_obey(folder: Path) -> None:
+    (folder / "\x1b[31mred").touch()
+    refused(folder, r"'\\x1b\[31mred': the manifest does not list it")
+    (folder / "\x1b[31mred").unlink()
+    (folder / os.fsdecode(b"\xff")).touch()
+    refused(folder, r"'\\udcff': the manifest does not list it")
+
+
 def test_a_link_the_manifest_does_not_list(folder: Path) -> None:
     (folder / "adapter").symlink_to(folder.parent)
     refused(folder, "adapter: the manifest does not list it")
