@@ -39,12 +39,13 @@ test-all: setup optimum
 
 # Known vulnerabilities of what is installed; needs the network. A mirror of PyPI that has no
 # advisories knows of none in any package, so one that has some is asked about first.
-# AUDIT="--vulnerability-service osv" asks elsewhere. Only a finding prints to stdout.
+# AUDIT="--vulnerability-service osv" asks elsewhere.
 PIP_AUDIT = $(BIN)/pip-audit --progress-spinner off $(AUDIT)
 audit: setup
 	@echo "jinja2==2.10" > .venv/known.txt
-	@if [ -z "$$($(PIP_AUDIT) --requirement .venv/known.txt --no-deps --disable-pip 2> .venv/audit.log)" ]; then \
-		cat .venv/audit.log >&2; \
+	@$(PIP_AUDIT) --requirement .venv/known.txt --no-deps --disable-pip > .venv/audit.log 2>&1; \
+	if ! grep -Eq "^jinja2 .*(PYSEC|GHSA|CVE)-" .venv/audit.log; then \
+		tail -n 1 .venv/audit.log >&2; \
 		echo "audit: FAILED, no advisories within reach (none even for jinja2 2.10): NOTHING was checked" >&2; \
 		exit 1; \
 	fi
