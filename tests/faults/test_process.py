@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +21,7 @@ from tests.run.test_local import _rows, nested
 pytestmark = pytest.mark.model
 Row = dict[str, Any]
 PUBLISHED = ("run.trec", "results.parquet")
-# Shards of two lists, as jobs of production size have hundreds of them.
-SMALL_SHARDS = "from dear_batch.run import plan; plan.LEAST_SHARD_BYTES = plan.SHARD_BYTES = 8000"
+SHARD_BYTES = 8000  # two lists
 
 
 class Command:
@@ -32,15 +30,11 @@ class Command:
     def __init__(self, bundle: Path, folder: Path) -> None:
         self.bundle, self.folder = bundle, folder
         self.input = folder / "in.parquet"
-        small = folder / "small"
-        shutil.copytree(ROOT / "tests/faults/saboteur", small)
-        with (small / "sitecustomize.py").open("a") as file:
-            file.write(f'\nif "dear_batch.run.worker" in sys.orig_argv:\n    {SMALL_SHARDS}\n')
-        self._path = small
 
     def start(self, output: str, *options: str, **sabotage: Any) -> "subprocess.Popen[str]":
         """The running command."""
-        python = f"{self._path}{os.pathsep}{ROOT}"
+        python = f"{ROOT / 'tests/faults/saboteur'}{os.pathsep}{ROOT}"
+        sabotage["shard_bytes"] = SHARD_BYTES
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "dear_batch", "run"),
