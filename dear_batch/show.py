@@ -116,13 +116,17 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
     rate = report["tokens_per_second"]
     table.add_row("tokens", f"{report['tokens']:,}" + (f" at {rate:,.0f}/s" if rate else ""))
     table.add_row("engine", f"{report['engine']} on {report['device']}, {report['precision']}")
-    seconds = report["seconds"]["total"]
+    table.add_row("seconds", seconds_of(report["seconds"]))
     if listwise := report.get("listwise"):
         for name, value in listwise_facts(listwise).items():
             table.add_row(name, Text(value))
-        seconds += listwise["seconds"]["total"]
-    table.add_row("seconds", f"{seconds:.1f}")
+        table.add_row("listwise seconds", seconds_of(listwise["seconds"]))
     Console(stderr=True).print(table)
+
+
+def seconds_of(seconds: Mapping[str, float]) -> str:
+    """What took how long."""
+    return ", ".join(f"{name} {value:g}" for name, value in seconds.items())
 
 
 def estimate_table(found: Mapping[str, Any]) -> None:

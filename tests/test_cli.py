@@ -16,8 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dear_batch import __version__
+from dear_batch.bundle import Manifest, Source, hash_folder, write_manifest
 from dear_batch.cli import main
-from dear_batch.specs import ListwiseSpec
+from dear_batch.pointwise.recipe import Recipe
+from dear_batch.run.local import run_job
+from dear_batch.run.supervisor import Outcome
+from dear_batch.specs import JobSpec, ListwiseSpec
 from tests.conftest import COLLECTION, collection_queries, collection_texts
 from tests.run.fake_ranker import install, listwise_bundle
 
@@ -106,6 +110,38 @@ def everything(folder: Path) -> dict[str, bytes | None]:
     }
 
 
+def left_by_a_failure(folder: Path) -> bool:
+    """Whether a folder holds what tells of a job that failed early, and nothing else."""
+    return {path.name for path in folder.iterdir()} == {"LOCK", "report.json", "metrics.prom"}
+
+
+def inputs_only(folder: Path) -> bool:
+    """Whether nothing but the inputs and what tells of a failure is there."""
+    left = {path.name for path in folder.iterdir()} - {"in.parquet", "bundle", "listwise"}
+    return left <= {"out"} and (not left or left_by_a_failure(folder / "out"))
+
+
+def manifest_of_a_bundle(folder: Path) -> Path:
+    """All of a bundle that is looked at before the inputs are."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    recipe = Recipe("readme", "last-token", (1,), (1,), (), 0)
+    manifest = Manifest(
+        task="pointwise",
+        source=Source("some/model", "0" * 40),
+        precision="fp32",
+        recipe=recipe,
+        architecture={"hidden_size": 8},
+        graphs={},
+        parity=None,
+        versions={},
+        created="2026-01-01T00:00:00+00:00",
+        files=hash_folder(folder),
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
 # Help.
 
 
@@ -123,6 +159,14 @@ def test_help_is_fast(arguments: tuple[str, ...]) -> None:
     assert best_seconds(*arguments) < HELP_SECONDS
 
 
+IN_PROCESS = """
+import dear_batch.run.supervisor as supervisor
+from dear_batch.run.local import run_job
+def in_process(spec, *, stage, restart, advance, on_loss):
+    report = run_job(spec, stage=stage, restart=restart)
+    return supervisor.Outcome(report, report["exit_code"])
+supervisor.supervise = in_process
+"""
 LOADED = """
 import json, sys
 from dear_batch.cli import main
@@ -134,9 +178,9 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
 
-def loaded_by(*arguments: object) -> set[str]:
+def loaded_by(*arguments: object, in_process: bool = False) -> set[str]:
     """Top-level modules in memory at the end of a command."""
-    done = python("-c", LOADED, *arguments)
+    done = python("-c", IN_PROCESS * in_process + LOADED, *arguments)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -194,11 +238,8 @@ def test_convert_run_evaluate_inspect(bundle: Make, tmp_path: Path) -> None:
     common = ("--input", candidates, "--bundle", bundle("llama31"), "--output", out)
     ran = outcome(succeed("run", *common, "--tag", "mine"))
     assert (ran["status"], ran["output"]) == ("ok", str(out))
-    assert ran["candidates"] == {
-        "read": 10 * len(qids),
-        "written": 10 * len(qids),
-        "quarantined": 0,
-    }
+    n = 10 * len(qids)
+    assert ran["candidates"] == {"read": n, "written": n, "quarantined": 0, "skipped": 0}
     assert json.loads((out / "report.json").read_text())["queries"] == ran["queries"]
 
     qrels, figures = COLLECTION / "qrels" / "test.tsv", tmp_path / "figures.json"
@@ -220,6 +261,10 @@ def test_convert_run_evaluate_inspect(bundle: Make, tmp_path: Path) -> None:
 def test_a_pointwise_run_never_imports_torch(bundle: Make, lists: Path, tmp_path: Path) -> None:
     folder = bundle("llama31")
     loaded = loaded_by("run", "--input", lists, "--bundle", folder, "--output", tmp_path / "out")
+    assert not loaded & (HEAVY | {"onnxruntime", "tokenizers"})  # nothing that could crash
+    loaded = loaded_by(
+        "run", "--input", lists, "--bundle", folder, "--output", tmp_path / "own", in_process=True
+    )
     assert {"onnxruntime", "pyarrow", "tokenizers"} <= loaded
     assert not loaded & HEAVY
     assert (tmp_path / "out" / "run.trec").stat().st_size > 0
@@ -258,7 +303,18 @@ def test_a_spec_is_run_and_options_override_it(bundle: Make, lists: Path, tmp_pa
     assert " spec\n" in (tmp_path / "other" / "in.trec").read_text()
 
 
-# Two stages, the second a fake; the real one is run in tests/listwise.
+# Two stages, the second a fake, so in this process; the real one is run in tests/listwise.
+
+
+def run_here(spec: JobSpec, *, stage: Any, restart: bool, **_: object) -> Outcome:
+    """In place of `supervise`."""
+    report = run_job(spec, stage=stage, restart=restart)
+    return Outcome(report, report["exit_code"])
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dear_batch.run.supervisor.supervise", run_here)
 
 
 @pytest.fixture
@@ -274,6 +330,7 @@ def two_stages(bundle: Make, generator: Path, lists: Path, tmp_path: Path) -> tu
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("in_process")
 def test_a_run_of_two_stages(
     two_stages: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +351,7 @@ def test_a_run_of_two_stages(
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("in_process")
 def test_the_stages_one_after_the_other(
     two_stages: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,7 +362,7 @@ def test_the_stages_one_after_the_other(
     assert not (tmp_path / "out" / "run.trec").exists()
     assert outcome(succeed(*two_stages, "--stage", "listwise"))["status"] == "ok"
     assert (tmp_path / "out" / "run.trec").exists()
-    message = fail(78, "belongs to another job", *two_stages, "--listwise-depth", "4")
+    message = fail(78, "belongs to another job", *two_stages, "--window", "2")
     assert "--stage listwise" in message
     assert parts(message) == {"where", "valid", "next"}
     again = (*two_stages, "--listwise-depth", "4", "--stage", "listwise")
@@ -312,14 +370,14 @@ def test_the_stages_one_after_the_other(
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("in_process")
 def test_too_many_failed_windows_end_with_exit_3_and_the_run(
     two_stages: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, fails=lambda request: request.window.qid == "q1")
     result = invoke(*two_stages, "--max-failed-windows", 1)
     assert result.exit_code == 3
-    assert result.stderr.count("error: ") == 1
-    assert "2 of 6 windows failed; their documents keep the order that they had" in result.stderr
+    assert "2 of 6 windows failed; their documents keep the order" in told(result.stderr)
     ran = outcome(result)
     assert (ran["status"], ran["exit_code"]) == ("too-many-failed-windows", 3)
     assert ran["outputs"] == ["run.trec"]
@@ -338,7 +396,7 @@ def test_bundles_given_for_each_other_are_refused(
     scorer = bundle("llama31")
     fail(78, "is a listwise model", *common, "--bundle", generator)
     fail(78, "is a pointwise model", *common, "--bundle", scorer, "--listwise", scorer)
-    assert not (tmp_path / "out").exists()
+    assert left_by_a_failure(tmp_path / "out")
 
 
 @pytest.mark.model
@@ -347,12 +405,12 @@ def test_a_missing_listwise_extra_is_told_before_anything_is_scored(
 ) -> None:
     done = python("-c", WITHOUT_TORCH, *two_stages)
     assert done.returncode == 78, done.stderr
-    assert "needs the package 'torch', which is not installed" in done.stderr
-    assert "pip install 'dear-batch[listwise]'" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert "needs the package 'torch', which is not installed" in told(done.stderr)
+    assert "pip install 'dear-batch[listwise]'" in told(done.stderr)
+    assert left_by_a_failure(tmp_path / "out")
     done = python("-c", WITHOUT_TORCH, *two_stages, "--stage", "pointwise")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "parts" / "pointwise.json").exists()
+    assert list((tmp_path / "out" / "commits" / "pointwise").iterdir())
 
 
 def scored(result: Result) -> list[tuple[float, int, str]]:
@@ -388,8 +446,7 @@ def test_stdin_that_is_no_text_is_one_clear_error(bundle: Make) -> None:
     command = [sys.executable, "-m", "dear_batch", "score", bundle("llama31"), "who?", "-"]
     done = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, check=False)
     assert done.returncode == 65
-    assert done.stderr.startswith(b"error: ")
-    assert b"UTF-8" in done.stderr
+    assert "UTF-8" in told(done.stderr.decode())
 
 
 @pytest.mark.model
@@ -511,20 +568,34 @@ def test_bad_input_files_are_refused_before_a_model_loads(
     kind: str, match: str, tmp_path: Path
 ) -> None:
     path = bad_input(kind, tmp_path)
-    before = everything(tmp_path)
-    arguments = ("--bundle", tmp_path / "no-bundle", "--output", tmp_path / "out")
+    arguments = (
+        "--bundle",
+        manifest_of_a_bundle(tmp_path / "bundle"),
+        "--output",
+        tmp_path / "out",
+    )
     message = fail(65, match, "run", "--input", path, *arguments)
     assert parts(message) == {"where", "valid", "next"}
     assert str(path) in message
-    assert everything(tmp_path) == before
+    assert inputs_only(tmp_path)
 
 
 def test_a_glob_without_files_is_refused(tmp_path: Path) -> None:
     pattern = tmp_path / "day-*.parquet"
-    arguments = ("--bundle", "b", "--output", tmp_path / "out")
+    arguments = (
+        "--bundle",
+        manifest_of_a_bundle(tmp_path / "bundle"),
+        "--output",
+        tmp_path / "out",
+    )
     message = fail(65, "No file matches", "run", "--input", pattern, *arguments)
     assert str(pattern) in message
-    assert list(tmp_path.iterdir()) == []
+    assert inputs_only(tmp_path)
+    for code in (0, 99):
+        result = invoke("run", "--input", pattern, *arguments, "--empty-exit", code)
+        assert result.exit_code == code
+        assert outcome(result)["status"] == "nothing-to-do"
+        assert "No file matches" in result.stderr
 
 
 @pytest.mark.model
@@ -535,19 +606,23 @@ def test_a_cut_second_file_is_found_before_the_first_is_scored(
     cut.write_bytes(lists.read_bytes()[:-50])
     inputs = ("--input", lists, "--input", cut)
     fail(65, "is cut", "run", *inputs, "--bundle", bundle("llama31"), "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert left_by_a_failure(tmp_path / "out")
 
 
 @pytest.mark.model
 def test_interpolation_without_scores_is_refused(bundle: Make, lists: Path, tmp_path: Path) -> None:
     pq.write_table(columns(), lists)
     options = ("--output", tmp_path / "out", "--interpolate", "0.5")
-    message = fail(65, "first-stage", "run", "--input", lists, "--bundle", "b", *options)
+    job = ("run", "--input", lists, "--bundle", bundle("llama31"))
+    message = fail(65, "first-stage", *job, *options)
     assert "--interpolate 1" in message
-    assert not (tmp_path / "out").exists()
-    assert outcome(succeed("run", "--input", lists, "--bundle", bundle("llama31"), *options[:2]))[
-        "candidates"
-    ] == {"read": 1, "written": 1, "quarantined": 0}
+    assert left_by_a_failure(tmp_path / "out")
+    assert outcome(succeed(*job, *options[:2]))["candidates"] == {
+        "read": 1,
+        "written": 1,
+        "quarantined": 0,
+        "skipped": 0,
+    }
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "below a file"])
@@ -573,10 +648,9 @@ def test_a_missing_bundle_is_refused(command: str, lists: Path, tmp_path: Path) 
         "run": ("--input", lists, "--bundle", bundle, "--output", tmp_path / "out"),
         "score": (bundle, "who?", "a text"),
     }
-    before = everything(tmp_path)
     message = fail(78, "is not a bundle", command, *arguments[command])
     assert "dear-batch export" in message
-    assert everything(tmp_path) == before
+    assert inputs_only(tmp_path)
 
 
 @pytest.mark.model
@@ -602,7 +676,8 @@ def test_a_changed_bundle_is_not_trusted(
     arguments = ("--input", lists, "--bundle", folder, "--output", tmp_path / "out")
     message = fail(77, "not what its manifest says", "run", *arguments)
     assert parts(message) == {"where", "valid", "next"}
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "run.trec").exists()
+    assert not (tmp_path / "out" / "commits" / "pointwise").exists()
 
 
 @pytest.mark.model
@@ -612,7 +687,10 @@ def test_another_jobs_folder_is_refused(bundle: Make, lists: Path, tmp_path: Pat
     before = everything(tmp_path)
     message = fail(78, "belongs to another job", "run", *common, "--depth", "3")
     assert parts(message) == {"where", "valid", "next"}
-    assert everything(tmp_path) == before
+    after = everything(tmp_path)
+    assert before.pop("out/LOCK") != after.pop("out/LOCK")
+    assert after == before
+    succeed("run", *common, "--depth", "3", "--restart")
 
 
 @pytest.mark.model
@@ -626,13 +704,12 @@ def test_cuda_is_refused_where_there_is_none(
     options = ("--device", "cuda", "--engine", engine)
     done = python("-m", "dear_batch", "run", *common, *options)
     assert done.returncode == 78, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "--device cuda" in done.stderr
-    assert "--device cpu" in done.stderr
-    assert len(done.stderr.splitlines()) <= 4  # what, where, valid, next: one message
+    assert "--device cuda" in told(done.stderr)
+    assert "--device cpu" in told(done.stderr)
+    assert all(line.startswith("{") for line in done.stderr.splitlines())
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["exit_code"] == 78
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "run.trec").exists()
 
 
 def spec_with(line: str, folder: Path) -> Path:
@@ -720,15 +797,20 @@ def test_missing_or_foreign_files_are_bad_input(
 # Missing extras.
 
 # Not by `sys.modules["torch"] = None`: libraries look there for what is loaded.
-WITHOUT_TORCH = """
+WITHOUT_TORCH = (
+    """
 import sys
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 hidden = lambda _, name, *rest: None if name.partition(".")[0] == "torch" else find(name, *rest)
 PathFinder.find_spec = classmethod(hidden)
+"""
+    + IN_PROCESS
+    + """
 from dear_batch.cli import main
 main(sys.argv[1:])
 """
+)
 
 
 @pytest.mark.model
@@ -745,11 +827,10 @@ def test_a_missing_extra_prints_its_install_line(
     }
     done = python("-c", WITHOUT_TORCH, command, *arguments[command])
     assert done.returncode == 78, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "needs the package 'torch', which is not installed" in done.stderr
-    assert "pip install 'dear-batch[export]'" in done.stderr
+    assert "needs the package 'torch', which is not installed" in told(done.stderr)
+    assert "pip install 'dear-batch[export]'" in told(done.stderr)
     assert "Traceback" not in done.stderr
-    assert not out.exists()
+    assert not out.exists() or left_by_a_failure(out)
 
 
 @pytest.mark.model

@@ -98,6 +98,8 @@ def collect(
             yield Collected(str(folder), "held", why=error.where)
         except DearBatchError as error:
             yield Collected(str(folder), "failed", why=error.what)
+        except OSError as error:  # whatever it is, the other folders are not concerned
+            yield Collected(str(folder), "failed", why=str(error))
 
 
 def outputs(folders: Iterable[Path]) -> Iterator[Path]:
