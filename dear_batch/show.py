@@ -104,7 +104,7 @@ def _sizes(needs: Mapping[str, int | None], *names: str) -> list[str]:
 
 
 def run_summary(report: Mapping[str, Any], folder: str) -> None:
-    """What a job did, on stderr."""
+    """What a job did, on a terminal; elsewhere stderr is for lines of JSON."""
     outputs = ", ".join(report["outputs"][:3]) or "the parts of stage 1"
     table = Table(title=Text(f"{folder}: {outputs}"), show_header=False)
     queries, candidates = report["queries"], report["candidates"]
@@ -121,7 +121,7 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
         for name, value in listwise_facts(listwise).items():
             table.add_row(name, Text(value))
         table.add_row("listwise seconds", seconds_of(listwise["seconds"]))
-    Console(stderr=True).print(table)
+    _note(table)
 
 
 def seconds_of(seconds: Mapping[str, float]) -> str:
@@ -130,7 +130,7 @@ def seconds_of(seconds: Mapping[str, float]) -> str:
 
 
 def estimate_table(found: Mapping[str, Any]) -> None:
-    """What a job will take, on stderr."""
+    """What a job will take, on a terminal."""
     table = Table(title=Text(f"{found['output']}: dry run"), show_header=False)
     for name in ("queries", "candidates"):
         counts = ", ".join(f"{count:,} {what}" for what, count in found[name].items())
@@ -152,7 +152,13 @@ def estimate_table(found: Mapping[str, Any]) -> None:
     space = found["space"]
     sizes = (f"{space[name] / GB:,.2f} GB" for name in ("needed_bytes", "free_bytes"))
     table.add_row("disk", "about {} needed, {} free".format(*sizes))
-    Console(stderr=True).print(table)
+    _note(table)
+
+
+def _note(table: Table) -> None:
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(table)
 
 
 def _duration(seconds: float | None) -> str:

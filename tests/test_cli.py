@@ -280,7 +280,7 @@ def test_a_run_without_a_terminal_keeps_stdout_for_the_outcome(
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["queries"]["written"] == 3
-    assert "queries" in done.stderr
+    assert all(json.loads(line)["event"] for line in done.stderr.splitlines())
     again = python("-m", "dear_batch", "run", *common, "--output", tmp_path / "out", "--depth", "2")
     assert again.returncode == 78
     (line,) = again.stdout.splitlines()
@@ -340,7 +340,6 @@ def test_a_run_of_two_stages(
     ran = outcome(result)
     assert (ran["status"], ran["outputs"]) == ("ok", ["run.trec"])
     assert ran["listwise"]["windows"]["ok"] == 3 * 2
-    assert "6: 6 ok" in result.stderr
     ((bundle, spec, device),) = fake.opened
     wanted = ListwiseSpec(str(bundle.folder), "mine", 5, 3, 2, 9, "bf16", None, "1%")
     assert (spec, device) == (wanted, "cpu")
