@@ -343,6 +343,9 @@ def test_a_run_of_two_stages(
     ((bundle, spec, device),) = fake.opened
     wanted = ListwiseSpec(str(bundle.folder), "mine", 5, 3, 2, 9, "bf16", None, "1%")
     assert (spec, device) == (wanted, "cpu")
+    assert outcome(succeed("verify", tmp_path / "out"))["folders"][0]["parts"] == 3
+    stages = outcome(succeed("status", tmp_path / "out", "--json"))["stages"]
+    assert stages == {name: {"done": 1, "total": 1} for name in ("pointwise", "listwise")}
     shown = succeed("inspect", tmp_path / "out").stdout
     for text in ("first 5 in windows of 3 by 2, prompt mine", "6: 6 ok", "on cpu, fp32"):
         assert text in shown
@@ -359,6 +362,14 @@ def test_the_stages_one_after_the_other(
     assert (first["status"], first["outputs"]) == ("listwise-outstanding", [])
     assert "listwise-outstanding" in succeed("inspect", tmp_path / "out").stdout
     assert not (tmp_path / "out" / "run.trec").exists()
+    status = outcome(succeed("status", tmp_path / "out", "--json"))
+    assert status["state"] == "listwise-outstanding"
+    assert status["stages"] == {
+        "pointwise": {"done": 1, "total": 1},
+        "listwise": {"done": 0, "total": 1},
+    }
+    assert "is not finished" in fail(75, "is not finished", "verify", tmp_path / "out")
+    assert outcome(succeed("gc", tmp_path / "out", "--older-than", "0d"))["freed_bytes"] == 0
     assert outcome(succeed(*two_stages, "--stage", "listwise"))["status"] == "ok"
     assert (tmp_path / "out" / "run.trec").exists()
     message = fail(78, "belongs to another job", *two_stages, "--window", "2")
@@ -366,6 +377,8 @@ def test_the_stages_one_after_the_other(
     assert parts(message) == {"where", "valid", "next"}
     again = (*two_stages, "--listwise-depth", "4", "--stage", "listwise")
     assert outcome(succeed(*again))["listwise"]["depth"] == 4
+    assert outcome(succeed("verify", tmp_path / "out"))["status"] == "ok"
+    assert outcome(succeed("gc", tmp_path / "out"))["freed_bytes"] == 0
 
 
 @pytest.mark.model
