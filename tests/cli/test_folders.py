@@ -7,20 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from dear_batch.cli import main
+from tests.cli.commands import invoke, outcome
 from tests.run.folders import Folder
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def outcome(result: Result) -> dict[str, Any]:
-    fields = json.loads(result.stdout.splitlines()[-1])
-    assert isinstance(fields, dict)
-    return fields
 
 
 def error(result: Result) -> dict[str, Any]:

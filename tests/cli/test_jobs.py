@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dear_batch.cli import main
+from tests.cli.commands import outcome
 from tests.conftest import collection_queries, collection_texts
 
 Make = Callable[..., Path]
@@ -27,12 +27,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def invoke(*arguments: object, terminal: bool = False) -> Result:
     as_one = {"FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": "120"} if terminal else {}
     return CliRunner(env=as_one).invoke(main, [str(a) for a in arguments])
-
-
-def outcome(result: Result) -> dict[str, Any]:
-    fields = json.loads(result.stdout.splitlines()[-1])
-    assert isinstance(fields, dict)
-    return fields
 
 
 def write(path: Path, *, null_texts: int = 0) -> Path:
