@@ -103,6 +103,13 @@ def _sizes(needs: Mapping[str, int | None], *names: str) -> list[str]:
     return ["unknown" if size is None else f"{size / GB:.1f} GB" for size in sizes]
 
 
+def _print_for_people(table: Table) -> None:
+    """Print to stderr, where that is a terminal: elsewhere its lines are a log's."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(table)
+
+
 def run_summary(report: Mapping[str, Any], folder: str) -> None:
     """What a job did, on a terminal; elsewhere stderr is for lines of JSON."""
     outputs = ", ".join(report["outputs"][:3]) or "the parts of stage 1"
@@ -116,12 +123,11 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
     rate = report["tokens_per_second"]
     table.add_row("tokens", f"{report['tokens']:,}" + (f" at {rate:,.0f}/s" if rate else ""))
     table.add_row("engine", f"{report['engine']} on {report['device']}, {report['precision']}")
-    table.add_row("seconds", seconds_of(report["seconds"]))
     if listwise := report.get("listwise"):
         for name, value in listwise_facts(listwise).items():
             table.add_row(name, Text(value))
-        table.add_row("listwise seconds", seconds_of(listwise["seconds"]))
-    _note(table)
+    table.add_row("seconds", f"{report['seconds']['total']:.1f}")
+    _print_for_people(table)
 
 
 def seconds_of(seconds: Mapping[str, float]) -> str:
@@ -152,13 +158,7 @@ def estimate_table(found: Mapping[str, Any]) -> None:
     space = found["space"]
     sizes = (f"{space[name] / GB:,.2f} GB" for name in ("needed_bytes", "free_bytes"))
     table.add_row("disk", "about {} needed, {} free".format(*sizes))
-    _note(table)
-
-
-def _note(table: Table) -> None:
-    console = Console(stderr=True)
-    if console.is_terminal:
-        console.print(table)
+    _print_for_people(table)
 
 
 def _duration(seconds: float | None) -> str:

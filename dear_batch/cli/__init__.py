@@ -5,6 +5,7 @@ line is one JSON object where a command has an outcome.
 """
 
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -14,8 +15,8 @@ from dear_batch.cli.data import convert, evaluate, inspect
 from dear_batch.cli.folders import gc, status, verify
 from dear_batch.cli.jobs import run
 from dear_batch.cli.models import export, score, verify_reference
-from dear_batch.errors import DearBatchError
-from dear_batch.log import log_error
+from dear_batch.errors import DearBatchError, bug
+from dear_batch.log import log, log_error
 
 
 class _Group(click.Group):
@@ -27,6 +28,12 @@ class _Group(click.Group):
         except DearBatchError as error:
             log_error(error)
             sys.exit(error.exit_code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a traceback helps nobody but us
+            log("bug", "error", traceback=traceback.format_exc())
+            log_error(bug(error))
+            sys.exit(DearBatchError.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

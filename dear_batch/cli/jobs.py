@@ -264,10 +264,15 @@ def _run(spec: "JobSpec", asked: Asked) -> Ended:
 
 
 def _report_loss(folder: Path, error: DearBatchError, phase: str) -> None:
-    """Report for a process that died or hung and could not; not over another run's head."""
+    """Report for a process that died or hung and could not; not over another run's head.
+
+    One that did not get beyond its first check may have stood in another job's folder.
+    """
     from dear_batch.run.folder import locked
     from dear_batch.run.outcome import failed as report_failed
 
+    if phase in {"start", "check"}:
+        return
     with suppress(DearBatchError), locked(folder):
         report_failed(folder, error, phase)
 

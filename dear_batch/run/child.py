@@ -297,10 +297,7 @@ def _result_of(final: Mapping[str, Any]) -> Any:
     if final["event"] == "error":
         raise _error_of(redact(final))
     log("bug", level="error", what=final["what"], traceback=final["traceback"])
-    raise DearBatchError(
-        f"This is a bug in dear-batch: {redact(final['what'])}",
-        next_step="report it with the log; 2> dear-batch.log keeps one",
-    )
+    raise errors.bug(redact(final["what"]))
 
 
 def _error_of(event: Mapping[str, Any]) -> DearBatchError:

@@ -87,7 +87,12 @@ class _Supervisor:
 
     def report(self, advance: Advance | None) -> dict[str, Any]:
         while True:
-            request = {"stage": self._stage, "restart": self._restart, "poison": self._poison}
+            request = {
+                "stage": self._stage,
+                "restart": self._restart,
+                "careful": bool(self._deaths),
+                "poison": self._poison,
+            }
             try:
                 report: dict[str, Any] = self._run({"job": request}, Place("start"), advance)
             except ChildDiedError as death:

@@ -193,6 +193,7 @@ def _run_job(request: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
         watch,
         stage=job["stage"],
         restart=job["restart"],
+        careful=job["careful"],
         poison={key: frozenset(ordinals) for key, ordinals in job["poison"].items()},
     )
 

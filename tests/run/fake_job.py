@@ -45,9 +45,10 @@ def run_job(
     stage: str,
     restart: bool,
     poison: Mapping[str, frozenset[int]],
+    careful: bool,
 ) -> dict[str, Any]:
     folder = Path(spec.output.folder)
-    start = {"stage": stage, "restart": restart, "pid": os.getpid()}
+    start = {"stage": stage, "restart": restart, "careful": careful, "pid": os.getpid()}
     _note(folder, "starts", start | {"poison": {key: sorted(v) for key, v in poison.items()}})
     job = Job(folder, watch, poison)
     for name, *arguments in json.loads(os.environ["FAKE_JOB"]):
