@@ -1,6 +1,5 @@
 """What a bundle, a Parquet file or an output folder holds, as tables for one screen."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,10 @@ from dear_batch.bundle import MANIFEST, open_bundle
 from dear_batch.errors import InputError
 from dear_batch.files.pages import open_parquet
 from dear_batch.files.parquet import RowReader, open_input
-from dear_batch.show import listwise_facts
+from dear_batch.run.folder import PLAN, REPORT, read_json, read_plan
+from dear_batch.run.planning import outline
+from dear_batch.run.report import FAILED, STOPPED
+from dear_batch.show import listwise_facts, seconds_of
 
 PREVIEW = 3
 TEXT = 60
@@ -26,7 +28,7 @@ def inspect_path(path: Path) -> RenderableType:
     """
     if (path / MANIFEST).is_file():
         return _bundle(path)
-    if (path / "plan.json").is_file():
+    if (path / PLAN).is_file():
         return _output(path)
     if path.is_file():
         return _parquet(path)
@@ -115,48 +117,44 @@ def _parquet(path: Path) -> RenderableType:
     return Group(_facts(f"Parquet {path}", facts), preview)
 
 
-def _seconds(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in seconds.items())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from error
-    return fields if isinstance(fields, dict) else {}
-
-
 def _output(path: Path) -> RenderableType:
-    plan = _json(path / "plan.json")
-    if not {"inputs", "outputs", "bundle_sha256"} <= plan.keys():
-        raise InputError(f"{path / 'plan.json'} was not written by dear-batch run.")
+    plan = read_plan(path)
+    if plan is None:
+        raise InputError(f"{path / PLAN} was not written by this version of dear-batch run.")
     facts = {
-        "inputs": ", ".join(item["path"] for item in plan["inputs"][:PREVIEW]),
+        "inputs": ", ".join(pin["path"] for pin in plan["job"]["inputs"][:PREVIEW]),
         "queries planned": sum(output["queries"] for output in plan["outputs"]),
-        "shards": sum(len(output["shards"]) for output in plan["outputs"]),
-        "bundle sha256": plan["bundle_sha256"],
+        "shards": sum(len(output.shards) for output in outline(plan)),
+        "bundle sha256": plan["job"]["bundle_sha256"],
     }
-    if "listwise" in plan:
+    if plan["listwise"]:
         facts["listwise sha256"] = plan["listwise"]["bundle_sha256"]
-    report_path = path / "report.json"
-    if not report_path.is_file():
-        return _facts(f"Output {path}", {**facts, "status": "not finished: no report.json"})
-    report = _json(report_path)
+    report = read_json(path / REPORT)
+    if report is None or report["status"] in {FAILED, STOPPED}:
+        status = "not finished" if report is None else f"{report['status']}: {_why(report)}"
+        return _facts(f"Output {path}", {**facts, "status": f"{status}; see dear-batch status"})
     for name in ("queries", "candidates"):
         facts[name] = ", ".join(f"{count:,} {what}" for what, count in report[name].items())
     facts |= {
         "status": report["status"],
         "outputs": ", ".join(report["outputs"]) or "none yet, the parts of stage 1",
         "engine": f"{report['engine']} on {report['device']}, {report['precision']}",
-        "set aside": ", ".join(f"{n:,} {why}" for why, n in report["quarantine_reasons"].items())
-        or "nothing",
+        "set aside": _reasons(report["quarantine_reasons"]),
+        "skipped": _reasons(report["skipped_reasons"]),
         "truncated pairs": report["truncated_pairs"],
         "tokens": f"{report['tokens']:,} at {report['tokens_per_second'] or 0:,.0f}/s",
         "padding share": f"{report['padding_share']:.2%}",
-        "seconds": _seconds(report["seconds"]),
+        "seconds": seconds_of(report["seconds"]),
     }
     if listwise := report.get("listwise"):
         facts |= listwise_facts(listwise)
-        facts["listwise seconds"] = _seconds(listwise["seconds"])
+        facts["listwise seconds"] = seconds_of(listwise["seconds"])
     return _facts(f"Output {path}", facts)
+
+
+def _why(report: dict[str, Any]) -> str:
+    return str((report.get("error") or {}).get("what", ""))
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {why}" for why, n in counts.items()) or "nothing"

@@ -98,6 +98,8 @@ def collect(
             yield Collected(str(folder), "held", why=error.where)
         except DearBatchError as error:
             yield Collected(str(folder), "failed", why=error.what)
+        except OSError as error:  # whatever it is, the other folders are not concerned
+            yield Collected(str(folder), "failed", why=str(error))
 
 
 def outputs(folders: Iterable[Path]) -> Iterator[Path]:
@@ -154,7 +156,7 @@ def _targets(folder: Path, *, whole: bool) -> list[Path]:
     if not whole:
         orphans = dict.fromkeys(Ledger(folder).orphans())  # temporary files come twice
         return [path for path in orphans if _is_ours(folder, path)]
-    stems = [output["stem"] for output in (sealed_manifest(folder) or {})["outputs"]]
+    stems = [output["stem"] for output in (read_plan(folder) or {"outputs": []})["outputs"]]
     names = [name for stem in stems for name in published_names(stem).values() if "/" not in name]
     files = [SUCCESS, MANIFEST, *names, QUARANTINE, REPORT, METRICS]
     found = [folder / name for name in files if _is_file(folder / name)]

@@ -80,9 +80,14 @@ def verify(folder: Path) -> Verdict:
             valid="the output folder of a finished job",
             next_step=f"dear-batch status {folder}",
         )
-    verdict.faults += _files(folder, manifest, verdict)
-    if verdict.ok:
-        verdict.faults += _contents(folder, manifest, verdict)
+    try:
+        verdict.faults += _files(folder, manifest, verdict)
+        if verdict.ok:
+            verdict.faults += _contents(folder, manifest, verdict)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        verdict.faults.append(f"the manifest, plan or report lacks something: {error!r}")
+    except pa.ArrowException as error:
+        verdict.faults.append(f"a Parquet file cannot be read: {error}")
     return verdict
 
 
@@ -92,16 +97,11 @@ def _contents(folder: Path, manifest: Fields, verdict: Verdict) -> Iterator[str]
     if plan is None or report is None:
         yield f"{PLAN} or {REPORT}: not of this version of dear-batch"
         return
-    try:
-        yield from _same_job(manifest, plan)
-        yield from _counts(manifest, report)
-        yield from _runs(folder, manifest, verdict)
-        yield from _quarantine(folder, manifest, report, verdict)
-        yield from _commits(folder, manifest, plan, verdict)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        yield f"the manifest, plan or report lacks something: {error!r}"
-    except pa.ArrowException as error:
-        yield f"a Parquet file cannot be read: {error}"
+    yield from _same_job(manifest, plan)
+    yield from _counts(manifest, report)
+    yield from _runs(folder, manifest, verdict)
+    yield from _quarantine(folder, manifest, report, verdict)
+    yield from _commits(folder, manifest, plan, verdict)
 
 
 def _files(folder: Path, manifest: Fields, verdict: Verdict) -> Iterator[str]:
