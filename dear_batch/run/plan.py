@@ -233,7 +233,7 @@ class _Planner:
             self._beat()
         if runs == distinct_qids(paths, beside=self._scratch / "qids", beat=self._beat):
             return tuple(Source(file, (i,)) for i, file in zip(group, files, strict=True))
-        made = open_input(self._regrouped(number, paths))
+        made = open_input(self._regrouped(number, paths), regrouped=True)
         return (Source(made, group, regrouped=True),)
 
 
@@ -320,7 +320,8 @@ def _output_from_json(
     for item in fields["sources"]:
         inputs = tuple(item["inputs"])
         paths = [files[i].path for i in inputs]
-        file = open_input(regrouped(number, paths)) if item["regrouped"] else files[inputs[0]]
-        sources.append(Source(file, inputs, item["regrouped"], item["kept_rows"]))
+        ours = item["regrouped"]
+        file = open_input(regrouped(number, paths), regrouped=True) if ours else files[inputs[0]]
+        sources.append(Source(file, inputs, ours, item["kept_rows"]))
         shards.append(tuple(Shard(path=file.path, **shard) for shard in item["shards"]))
     return Output(fields["stem"], tuple(sources), tuple(shards))

@@ -175,9 +175,13 @@ def test_a_staged_file_waits_for_its_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_staged_file_goes_when_its_block_raises(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staging(tmp_path / "run.trec") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    def stage() -> None:
+        with staging(tmp_path / "run.trec") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stage()
     assert list(tmp_path.iterdir()) == []
 
 
