@@ -132,8 +132,8 @@ def remove(path: Path) -> None:
     Raises:
         OutputError: the folder is read-only.
     """
-    with writing(path):
-        if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
+        with writing(path):
             path.unlink()
             sync(path.parent)
 

@@ -214,7 +214,7 @@ def test_a_folder_is_made_once(tmp_path: Path) -> None:
 def test_a_file_is_removed_for_good(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "link", "never there"):
+    for name in ("file", "link", "never there", "no/folder/either"):
         remove(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

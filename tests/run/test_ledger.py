@@ -176,6 +176,13 @@ def rewrite(ledger: Ledger, **changes: object) -> None:
 # What is kept.
 
 
+def test_nothing_is_kept_where_nothing_was_committed(ledger: Ledger) -> None:
+    """A run that died before its first shard was done goes on, too."""
+    assert kept(ledger) is None
+    assert ledger.found("pointwise", KEY) is None
+    assert names(ledger.folder) == set()
+
+
 @pytest.mark.parametrize("at", [0, 5, -1])
 @pytest.mark.parametrize("kind", ["part", "quarantine"])
 def test_a_flipped_bit_in_a_file_undoes_its_shard(kind: str, at: int, ledger: Ledger) -> None:
