@@ -82,6 +82,15 @@ def too_little_memory(purpose: str, where: str) -> TryAgainError:
     )
 
 
+def bug(what: object) -> DearBatchError:
+    """The error for a fault that is none of the user's."""
+    text = f"{type(what).__name__}: {what}" if isinstance(what, Exception) else str(what)
+    return DearBatchError(
+        f"This is a bug in dear-batch: {text}",
+        next_step="report it with the log; 2> dear-batch.log keeps one",
+    )
+
+
 def missing_extra(package: str, extra: str, purpose: str) -> ConfigurationError:
     """The error for a feature whose optional dependency is not installed."""
     return ConfigurationError(

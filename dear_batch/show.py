@@ -6,6 +6,7 @@ asked for go to stdout.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -102,6 +103,13 @@ def _sizes(needs: Mapping[str, int | None], *names: str) -> list[str]:
     return ["unknown" if size is None else f"{size / GB:.1f} GB" for size in sizes]
 
 
+def _print_for_people(table: Table) -> None:
+    """Print to stderr, where that is a terminal: elsewhere its lines are a log's."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(table)
+
+
 def run_summary(report: Mapping[str, Any], folder: str) -> None:
     """What a job did, on stderr."""
     outputs = ", ".join(report["outputs"][:3]) or "the parts of stage 1"
@@ -115,13 +123,65 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
     rate = report["tokens_per_second"]
     table.add_row("tokens", f"{report['tokens']:,}" + (f" at {rate:,.0f}/s" if rate else ""))
     table.add_row("engine", f"{report['engine']} on {report['device']}, {report['precision']}")
-    seconds = report["seconds"]["total"]
     if listwise := report.get("listwise"):
         for name, value in listwise_facts(listwise).items():
             table.add_row(name, Text(value))
-        seconds += listwise["seconds"]["total"]
-    table.add_row("seconds", f"{seconds:.1f}")
-    Console(stderr=True).print(table)
+    table.add_row("seconds", f"{report['seconds']['total']:.1f}")
+    _print_for_people(table)
+
+
+def estimate_table(found: Mapping[str, Any]) -> None:
+    """What a job will take, on stderr."""
+    table = Table(title=Text(f"{found['output']}: dry run"), show_header=False)
+    for name in ("queries", "candidates"):
+        counts = ", ".join(f"{count:,} {what}" for what, count in found[name].items())
+        table.add_row(name, counts)
+    for reason, count in found["quarantine_reasons"].items():
+        table.add_row("would be set aside", f"{count:,} {reason}")
+    table.add_row("pairs", f"{found['scored_pairs']:,}, {found['truncated_share']:.1%} truncated")
+    table.add_row("tokens", f"about {found['tokens']:,}, from {found['sampled_pairs']:,} pairs")
+    if listwise := found.get("listwise"):
+        tokens = listwise["prompt_tokens"]
+        known = "unknown" if tokens is None else f"about {tokens:,}"
+        table.add_row("windows", f"{listwise['windows']:,}, {known} tokens of prompts")
+    rate = found["tokens_per_second"]
+    unknown = "not known here: give --tokens-per-second, or run once"
+    table.add_row("rate", f"{rate:,.0f} tokens/s ({found['rate_from']})" if rate else unknown)
+    table.add_row("time", _duration(found["total_seconds"]))
+    if found["cost"] is not None:
+        table.add_row("cost", f"{found['cost']:,.2f}")
+    space = found["space"]
+    sizes = (f"{space[name] / GB:,.2f} GB" for name in ("needed_bytes", "free_bytes"))
+    table.add_row("disk", "about {} needed, {} free".format(*sizes))
+    _print_for_people(table)
+
+
+def _duration(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"about {timedelta(seconds=round(seconds))}"
+
+
+def status_table(found: Mapping[str, Any]) -> Table:
+    """How far a job is."""
+    result = f" ({found['result']})" if found["result"] else ""
+    facts = {"state": found["state"] + result}
+    if lock := found["lock"]:
+        holds = {True: "held by", False: "last held by", None: "cannot be seen; last held by"}
+        who = f"pid {lock['pid']} on {lock['host']} since {lock['start']}"
+        facts["lock"] = f"{holds[lock['held']]} {who}"
+    for stage, shards in found["stages"].items():
+        facts[stage] = f"{shards['done']:,} of {shards['total']:,} shards"
+    if found["queries_planned"] is not None:
+        facts["planned"] = f"{found['queries_planned']:,} queries"
+    for name in ("queries", "candidates"):
+        counts = [f"{count:,} {what}" for what, count in found[name].items()]
+        facts |= {name: ", ".join(counts)} if counts else {}
+    if error := found["error"]:
+        facts["error"] = "\n".join(filter(None, (error.get("what"), error.get("where"))))
+    facts |= {"changed": found["updated"] or "never", "next": found["next"]}
+    table = Table(title=Text(found["folder"]), show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    return table
 
 
 def listwise_facts(listwise: Mapping[str, Any]) -> dict[str, str]:

@@ -132,7 +132,7 @@ def remove(path: Path) -> None:
     Raises:
         OutputError: the folder is read-only.
     """
-    if os.path.lexists(path):
+    if path.exists() or path.is_symlink():
         with writing(path):
             path.unlink()
             sync(path.parent)

@@ -208,11 +208,30 @@ def connect(scratch: Path, memory_limit: str = MEMORY_LIMIT) -> Iterator[duckdb.
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
     }
-    connection = duckdb.connect(str(scratch / "keys.duckdb"), config=settings)
+    with _room():
+        connection = duckdb.connect(str(scratch / "keys.duckdb"), config=settings)
     try:
         yield connection
     finally:
         connection.close()
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """DuckDB reads and writes nothing but its temporary files here: its faults are theirs."""
+    try:
+        yield
+    except (
+        duckdb.IOException,
+        duckdb.OutOfMemoryException,
+        duckdb.TransactionException,
+        duckdb.FatalException,
+    ) as error:
+        raise OutputError(
+            "Ordering the keys ran out of disk or memory.",
+            where=str(error),
+            next_step="free space on the disk of the output, or run where there is more memory",
+        ) from error
 
 
 def load(
@@ -257,16 +276,9 @@ def execute(
     """The rows that a statement gives; `batch` is a table of that name in it.
 
     Raises:
-        OutputError: disk or memory do not suffice. DuckDB reads and writes nothing but its own
-            temporary files here, so its faults are theirs.
+        OutputError: disk or memory do not suffice.
     """
-    try:
+    with _room():
         if batch is not None:
             connection.register("batch", batch)
         return connection.execute(statement).fetchall()
-    except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-        raise OutputError(
-            "Ordering the keys ran out of disk or memory.",
-            where=str(error),
-            next_step="free space on the disk of the output, or run where there is more memory",
-        ) from error

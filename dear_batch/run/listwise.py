@@ -112,7 +112,7 @@ class Stage:
 
     def _shard(self, group: Group, done: int, total: int) -> Commit:
         """Re-rank a shard to its end, and commit it."""
-        tally = ListwiseTally()
+        tally, before = ListwiseTally(), self.ranker.memory_backoffs
         part = self.ledger.new_file("parts", group.key, self.fingerprint)
         notes = self.ledger.new_file("parts", group.key, self.fingerprint, ".transcripts")
         with part_writer(part, RERANKED_SCHEMA) as write, transcript_writer(notes) as record:
@@ -123,6 +123,7 @@ class Stage:
                 with tally.timed("write"):
                     for course in courses:
                         _finish(course, tally, write, record)
+        tally.memory_backoffs = self.ranker.memory_backoffs - before
         if tally.queries != group.queries:
             raise AssertionError(f"{tally.queries} queries of {group.queries} were re-ranked")
         return self.ledger.commit(

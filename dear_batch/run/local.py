@@ -5,6 +5,7 @@ changes nothing. The two models are never loaded at once.
 """
 
 import gc
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,7 @@ from dear_batch.run.planning import (
 from dear_batch.run.pointwise import Poison
 from dear_batch.run.publish import Finished, publish
 from dear_batch.run.report import Stopwatch
+from dear_batch.run.space import check_space
 from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec, ListwiseSpec
 
@@ -56,6 +58,7 @@ def run_job(
     stage: Stages = "all",
     restart: bool = False,
     poison: Poison | None = None,
+    careful: bool = False,
 ) -> Fields:
     """Rerank all inputs of a spec and publish the output folder; returns the report.
 
@@ -63,6 +66,7 @@ def run_job(
     begins with those that lie in the folder. `restart` forgets what an earlier run, of this
     job or another one, left in the folder. `poison` names what kills the process, by
     "<stage>/<shard>": ordinals of scored candidates (pointwise) or of lists (listwise).
+    A `careful` run, after the process died of something, reads no shard before its turn.
 
     Raises:
         InputError, OutputError, TryAgainError, TrustError, ConfigurationError, UsageError:
@@ -76,7 +80,7 @@ def run_job(
     folder = Path(spec.output.folder)
     check_folder(folder)
     with locked(folder):
-        job = Job(spec, watch or Watch(), stage, poison or {})
+        job = Job(spec, watch or Watch(), stage, poison or {}, careful)
         try:
             return job.run(restart=restart)
         except Exception as error:
@@ -92,7 +96,9 @@ class Job:
     watch: Watch
     stage: Stages
     poison: Poison
+    careful: bool
     clock: Stopwatch = field(default_factory=Stopwatch)
+    started: float = field(default_factory=time.perf_counter)
     phase: str = "check"
 
     @cached_property
@@ -112,8 +118,7 @@ class Job:
         manifest = finished(folder)
         if manifest and self._is_done(manifest, wanted):
             return outcome.again(self.spec, folder)
-        with self.clock.timed("total"):
-            return self._work(wanted)
+        return self._work(wanted)
 
     def _begin(self, phase: str) -> None:
         self.phase = phase
@@ -151,6 +156,7 @@ class Job:
             fields, commits = self._stage_one(fields, plan, wanted, commits)
             gc.collect()  # the scorer is gone before the other model comes
         if self.stage == "pointwise":
+            self.clock.seconds["total"] = time.perf_counter() - self.started
             return outcome.outstanding(self.spec, folder, fields, commits, self.clock)
         if len(commits) < n_shards(fields):
             raise no_stage_one(folder)
@@ -186,6 +192,7 @@ class Job:
             bundle, encoder, scorer = load_pointwise(self.spec)
         fields = self._with_runtime(fields, pointwise.STAGE, pointwise_runtime(bundle, scorer))
         plan = plan or plan_again(fields, wanted, self.ledger, self.watch)
+        check_space(self.spec, plan)
         todo = [(source, shard) for source, shard in plan.shards if shard.key not in commits]
         total = sum(output.n_queries for output in plan.outputs)
         done = total - sum(shard.n_queries for _, shard in todo)
@@ -202,6 +209,7 @@ class Job:
                 fields["fingerprints"][pointwise.STAGE],
                 self.watch,
                 self.poison,
+                self.careful,
             )
             new = {commit.shard: commit for commit in stage.run(todo, done, total)}
             hashes.check()
@@ -289,6 +297,7 @@ class Job:
             first = [commits[shard.key] for shard in planned.shards]
             second = None if found is None else [found[group.key] for group in some]
             outputs.append(Finished(planned.stem, first, second))
+        self.clock.seconds["total"] = time.perf_counter() - self.started
         report = outcome.report(self.spec, fields, outputs, self.clock, self.ledger.attempt)
         inputs = [
             {**pin, "sha256": recorded(self.ledger, number)}

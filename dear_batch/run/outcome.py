@@ -20,6 +20,7 @@ from dear_batch.run.ledger import Commit, Ledger
 from dear_batch.run.metrics import write_metrics
 from dear_batch.run.planning import outline
 from dear_batch.run.publish import QUARANTINE, Finished, published
+from dear_batch.run.rates import remember
 from dear_batch.run.report import (
     FAILED,
     OK,
@@ -129,8 +130,12 @@ def manifest(
 
 
 def record(folder: Path, found: Fields) -> None:
-    """Let a monitoring system know of a job that published."""
+    """Let a monitoring system and later estimates know of a job that published."""
     write_metrics(folder, found, success=True)
+    shards = found["shards"]["pointwise"]
+    if found["tokens_per_second"] and shards["kept"] < shards["done"]:
+        facts = (found[name] for name in ("bundle_sha256", "engine", "device"))
+        remember(*facts, found["tokens_per_second"])
 
 
 def again(spec: JobSpec, folder: Path) -> Fields:

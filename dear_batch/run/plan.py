@@ -204,7 +204,8 @@ class _Planner:
         else:
             sources = self._flat(number, group)
         shards = tuple(
-            tuple(cut(source.file, next(self._sources), self._shard_bytes)) for source in sources
+            tuple(cut(source.file, next(self._sources), self._shard_bytes, self._beat))
+            for source in sources
         )
         return Output(stem, sources, shards)
 
@@ -229,8 +230,7 @@ class _Planner:
         paths = [file.path for file in files]
         runs = 0
         for file in files:
-            runs += sum(1 for qid, _, _ in qid_runs(file) if qid is not None)
-            self._beat()
+            runs += sum(1 for qid, _, _ in qid_runs(file, self._beat) if qid is not None)
         if runs == distinct_qids(paths, beside=self._scratch / "qids", beat=self._beat):
             return tuple(Source(file, (i,)) for i, file in zip(group, files, strict=True))
         made = open_input(self._regrouped(number, paths), regrouped=True)
@@ -251,14 +251,16 @@ def _first_that_can_be_scored(
     return found
 
 
-def cut(file: InputFile, number: int, size: int) -> Iterator[Shard]:
+def cut(
+    file: InputFile, number: int, size: int, beat: Callable[[], None] = lambda: None
+) -> Iterator[Shard]:
     """Divide a file at query boundaries into shards of about `size` bytes of text.
 
     `number` is the source's place in the job, so that keys differ where names do not.
     """
     target = max(1, size // file.row_bytes)
     first, rows, queries = 0, 0, 0
-    for _, start, length in _boundaries(file):
+    for _, start, length in _boundaries(file, beat):
         rows, queries = start + length - first, queries + 1
         if rows >= target:
             yield _shard(file, number, first, rows, queries)
@@ -267,10 +269,10 @@ def cut(file: InputFile, number: int, size: int) -> Iterator[Shard]:
         yield _shard(file, number, first, rows, queries)
 
 
-def _boundaries(file: InputFile) -> Iterable[tuple[object, int, int]]:
+def _boundaries(file: InputFile, beat: Callable[[], None]) -> Iterable[tuple[object, int, int]]:
     if file.layout == "nested":  # each row is a query: nothing needs to be read
         return ((None, row, 1) for row in range(file.n_rows))
-    return qid_runs(file)
+    return qid_runs(file, beat)
 
 
 def _shard(file: InputFile, number: int, first: int, rows: int, queries: int) -> Shard:
@@ -320,8 +322,8 @@ def _output_from_json(
     for item in fields["sources"]:
         inputs = tuple(item["inputs"])
         paths = [files[i].path for i in inputs]
-        ours = item["regrouped"]
-        file = open_input(regrouped(number, paths), regrouped=True) if ours else files[inputs[0]]
-        sources.append(Source(file, inputs, ours, item["kept_rows"]))
+        made = regrouped(number, paths) if item["regrouped"] else None
+        file = open_input(made, regrouped=True) if made else files[inputs[0]]
+        sources.append(Source(file, inputs, item["regrouped"], item["kept_rows"]))
         shards.append(tuple(Shard(path=file.path, **shard) for shard in item["shards"]))
     return Output(fields["stem"], tuple(sources), tuple(shards))

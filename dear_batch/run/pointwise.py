@@ -57,17 +57,32 @@ class Stage:
     fingerprint: str
     watch: Watch
     poison: Poison
+    careful: bool
 
     def run(self, todo: Sequence[Todo], done: int, total: int) -> list[Commit]:
         """Score and commit shards; `done` of `total` queries are committed already."""
         commits = []
+        for source, shard, items in self._shards(todo):
+            self.watch.shard(STAGE, shard.key)
+            advance = partial(self._advance, total, done)
+            commits.append(self._shard(source, shard, items, advance))
+            done += shard.n_queries
+        return commits
+
+    def _shards(self, todo: Sequence[Todo]) -> Iterator[tuple[Source, Shard, Iterator[Read]]]:
+        """Each shard with what is read for it; after a death, nothing is read for the next one."""
+        if self.careful:
+            for source, shards in groupby(todo, key=lambda pair: pair[0]):
+                with RowReader(source.file) as reader:
+                    places = self.plan.places(source)
+                    for _, shard in shards:
+                        own = self._read_shard(source, shard, reader, places)
+                        with closing(ahead(own)) as found:
+                            yield source, shard, found
+            return
         with closing(ahead(self._read(todo))) as stream:
             for (source, shard), items in groupby(stream, key=lambda r: (r.source, r.shard)):
-                self.watch.shard(STAGE, shard.key)
-                advance = partial(self._advance, total, done)
-                commits.append(self._shard(source, shard, items, advance))
-                done += shard.n_queries
-        return commits
+                yield source, shard, items
 
     def _advance(self, total: int, before: int, done: float) -> None:
         self.watch.check()

@@ -114,6 +114,7 @@ class ListwiseTally(Stopwatch):
     windows: Counter[str] = field(default_factory=Counter)
     failed_reasons: Counter[str] = field(default_factory=Counter)
     amounts: Counter[str] = field(default_factory=Counter)
+    memory_backoffs: int = 0
 
     def ranked(self, ranking: Ranking) -> None:
         """Count what was written."""
@@ -137,6 +138,7 @@ class ListwiseTally(Stopwatch):
             },
             "failed_reasons": dict(sorted(self.failed_reasons.items())),
             **{name: self.amounts[name] for name in AMOUNTS},
+            "memory_backoffs": self.memory_backoffs,
             "seconds": self.rounded(),
         }
 

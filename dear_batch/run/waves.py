@@ -39,6 +39,11 @@ class Ranker(Protocol):
         ...
 
     @property
+    def memory_backoffs(self) -> int:
+        """How often it had to halve a batch so far, because memory ran out."""
+        ...
+
+    @property
     def wave_queries(self) -> int:
         """How many lists it wants at once."""
         ...

@@ -1,8 +1,9 @@
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.data import Window
-from dear_batch.errors import ConfigurationError, UsageError
+from dear_batch.errors import ConfigurationError, TryAgainError, UsageError
+from dear_batch.listwise.decoding import Row
+from dear_batch.listwise.model import LanguageModel
 from dear_batch.listwise.preflight import check_listwise
 from dear_batch.listwise.prompts import BUILT_IN
-from dear_batch.listwise.ranker import ListwiseRanker
+from dear_batch.listwise.ranker import NO_MEMORY, ListwiseRanker
 from dear_batch.listwise.windows import WindowRequest
 from dear_batch.specs import ListwiseSpec
 
@@ -212,3 +215,126 @@ def test_a_mistral_within_its_sliding_window(
     logits = causal(torch.tensor([[*prompt.ids.tolist(), *opened]])).logits[0, -1]
     digits = {tokenizer.encode(f"[{i}").ids[-1]: i for i in range(6)}
     assert digits[max(digits, key=lambda token: logits[token].item())] == ranked.order[0]
+
+
+def starve(
+    patch: pytest.MonkeyPatch, ranker: ListwiseRanker, name: str, full: Callable[..., bool]
+) -> None:
+    """Let memory run out in a step of the model where `full` says so."""
+    model = ranker._decoder._model
+    original = getattr(model, name)
+
+    def limited(*arguments: Any) -> Any:
+        if full(*arguments):
+            raise MemoryError("no room for it")
+        return original(*arguments)
+
+    patch.setattr(model, name, limited)
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_smaller_batches_of_windows_give_the_same_orders(
+    listwise: Bundle, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    short = tuple(text[:60] for text in texts)
+    requests = [request_of(short, 2 + i % 7, at=i) for i in range(20)]
+    ranker = ListwiseRanker.open(listwise, SPEC, "cpu")
+    expected = ranker.rank(requests)
+    steps = 0
+
+    def full(ids_RT: torch.Tensor, *_: object) -> bool:
+        nonlocal steps
+        steps += 1
+        # First in the midst of answers: what they hold by then is void.
+        return steps > 1 and len(ids_RT) > most
+
+    starve(monkeypatch, ranker, "step", full)
+    finished: list[int] = []
+    found = ranker.rank(requests, finished.append)
+    assert ranker.memory_backoffs > 0
+    assert [(p.window, p.order, p.status) for p in found] == [
+        (p.window, p.order, p.status) for p in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert finished[-1] == len(requests)
+    assert finished == sorted(finished)
+
+
+def test_a_window_without_memory_fails_alone(
+    listwise: Bundle, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranker = ListwiseRanker.open(listwise, SPEC, "cpu")
+    requests = [request_of(texts, n) for n in (3, 12, 2)]
+    expected = ranker.rank(requests)
+    again = ListwiseRanker.open(listwise, SPEC, "cpu")
+    room = expected[1].prompt_tokens - 1
+    starve(
+        monkeypatch,
+        again,
+        "read_prompts",
+        lambda _first, prompts, *_: max(map(len, prompts)) > room,
+    )
+    small, failed, other = again.rank(requests)
+    assert (failed.status, failed.detail) == ("failed", NO_MEMORY)
+    assert failed.order == tuple(range(12))
+    assert [small.order, other.order] == [expected[0].order, expected[2].order]
+
+
+def test_memory_that_was_there_before_is_worth_another_try(
+    listwise: Bundle, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranker = ListwiseRanker.open(listwise, SPEC, "cpu")
+    ranker.rank([request_of(texts, 12)])
+    starve(monkeypatch, ranker, "read_prompts", lambda *_: True)
+    with pytest.raises(TryAgainError, match="order a single window of"):
+        ranker.rank([request_of(texts, 4)])
+
+
+def test_a_model_without_memory_for_a_small_window_is_worth_another_try(
+    listwise: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(*_: object) -> None:
+        raise MemoryError("no room for it")
+
+    monkeypatch.setattr(LanguageModel, "begin", begin)
+    with pytest.raises(TryAgainError, match="not enough memory to load"):
+        ListwiseRanker.open(listwise, SPEC, "cpu")
+
+
+def test_another_error_of_the_model_is_raised_as_it_is(
+    listwise: Bundle, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranker = ListwiseRanker.open(listwise, SPEC, "cpu")
+    calls: list[None] = []
+
+    def broken(*_: object) -> None:
+        calls.append(None)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(ranker._decoder._model, "step", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ranker.rank([request_of(texts, n) for n in (4, 5)])
+    assert len(calls) == 1
+
+
+def test_windows_do_not_depend_on_the_calls_before(
+    listwise: Bundle, texts: tuple[str, ...]
+) -> None:
+    """What one call learned would change the guesses of the next, and with them low bits."""
+    requests = [request_of(tuple(text[:60] for text in texts), n) for n in (5, 9, 7)]
+    fresh, used = (ListwiseRanker.open(listwise, SPEC, "cpu") for _ in range(2))
+    speller = used._speller
+    for segment in list(speller._learned):  # as if the last answer had had odd spellings
+        speller.learn(segment, speller.vocabulary.ids[:3])
+    feeds: list[list[int]] = []
+    for ranker in (fresh, used):
+        decode = ranker._decoder.decode
+
+        def noting(rows: Sequence[Row], decode: Callable[..., None] = decode) -> None:
+            feeds.extend(list(row.turn.feed) for row in rows)
+            decode(rows)
+
+        ranker._decoder.decode = noting
+    assert used.rank(requests) == fresh.rank(requests)
+    assert feeds[:3] == feeds[3:]

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from dear_batch.errors import ConfigurationError
-from dear_batch.pointwise.onnx_scorer import open_session
+from dear_batch.pointwise.onnx_scorer import open_session, run
 
 
 def graph_with_weights_at(location: str, path: Path) -> None:
@@ -59,3 +60,35 @@ def test_cuda_without_a_gpu_is_one_clear_error(tmp_path: Path) -> None:
     session, device = open_session(tmp_path / "g.onnx", "auto")
     assert device == "cpu"
     assert session.get_providers() == ["CPUExecutionProvider"]
+
+
+def expanding(path: Path) -> Path:
+    """A graph that repeats a number as often as it is asked to."""
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Expand", ["x", "shape"], ["y"])],
+        "g",
+        [value("x", TensorProto.FLOAT, [1]), value("shape", TensorProto.INT64, ["k"])],
+        [value("y", TensorProto.FLOAT, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_memory_that_the_arena_does_not_get(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    session, _ = open_session(expanding(tmp_path / "g.onnx"), "cpu")
+
+    def expand(*shape: int) -> int:
+        feeds = {"x": np.ones(1, np.float32), "shape": np.array(shape, np.int64)}
+        return int(run(session, "y", feeds).sum())
+
+    with pytest.raises(MemoryError, match="Failed to allocate memory for requested buffer"):
+        expand(1 << 46)  # 256 TiB, twice what x86-64 can address
+    assert expand(1 << 10) == 1 << 10  # the session goes on
+    # The same kind of exception, and no shortage: a size that is no number.
+    with pytest.raises(Fail, match="Integer overflow"):
+        expand(1 << 40, 1 << 40)
+    assert capfd.readouterr().err == ""

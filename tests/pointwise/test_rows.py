@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dear_batch.pointwise.recipe import EncodedPair
-from dear_batch.pointwise.rows import Layout, batches, pack, packed_arrays, padded_arrays
+from dear_batch.pointwise.rows import Layout, batches, pack, packed_arrays, padded_arrays, smaller
 
 ROW = 24
 
@@ -103,3 +103,23 @@ def test_padding_of_realistic_lengths_stays_small() -> None:
     ]
     rows = pack(pairs, 512)
     assert sum(row.tokens for row in rows) / (512 * len(rows)) > 0.95
+
+
+@settings(deadline=None)
+@given(PAIRS, st.booleans(), st.integers(1, 6 * ROW), st.sampled_from([None, 30]))
+def test_smaller_parts_hold_the_same_documents(
+    pairs: list[EncodedPair], packed: bool, most: int, length: int | None
+) -> None:
+    fixed = None if packed else length
+    for batch in batches(pairs, Layout(packed, ROW, 5 * ROW, fixed)):
+        parts = smaller(batch, most, fixed)
+        found = [d for part in parts for d in part.documents]
+        assert sorted(found) == sorted(batch.documents)
+        for part in parts:
+            assert len(part.rows) * part.length <= most or len(part.documents) == 1
+            assert part.length == fixed or part.length == max(row.tokens for row in part.rows)
+            for row in part.rows:
+                alone = pack([pairs[d] for g in row.groups for d in g.documents], 100 * ROW)
+                assert row.tokens == sum(other.tokens for other in alone)
+        if len(batch.rows) * batch.length <= most:
+            assert parts == [batch]

@@ -33,6 +33,7 @@ class FakeRanker:
     device: str = "cpu"
     precision: str = "fp32"
     wave_queries: int = 3
+    memory_backoffs: int = 0
     fails: Callable[[WindowRequest], bool] = lambda _request: False
     dies: float = math.inf
     requests: list[list[WindowRequest]] = field(default_factory=list)

@@ -169,6 +169,27 @@ def test_the_work_is_counted() -> None:
     assert packed.tokens <= packed.computed_tokens
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=["rows", "padded", "fixed"])
+def test_where_memory_runs_out_the_backoffs_are_counted(layout: Layout) -> None:
+    class Small(FakeScorer):
+        def score(self, batch: Batch) -> NDArray[np.float32]:
+            if len(batch.rows) * batch.length > 400:
+                raise MemoryError
+            return super().score(batch)
+
+    items = [admitted(i, 6) for i in range(5)]
+    (block,) = blocks(items, ENCODER, None)
+    work, shares = Work(), list[float]()
+    found = score_block(block, Small(layout), work, shares.append)
+    assert [[c.logit for c in scored.candidates] for scored in found] == [
+        expected(item, None) for item in items
+    ]
+    assert work.memory_backoffs > 0
+    assert work.pairs == 30
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
 def test_copies_are_scored_once_and_counted_each() -> None:
     text = collection_texts()[0]
     copies = tuple(Candidate(f"d{k}", "", text if k % 2 else f"{text} {k}", None) for k in range(8))
