@@ -833,23 +833,34 @@ def test_a_finished_job_again_changes_nothing(
     assert after["LOCK"][0] == before["LOCK"][0]
 
 
-@pytest.mark.parametrize("calls", [0, 5])
+class FailingAfter(Failing):
+    """A scorer that raises once so many shards are committed."""
+
+    def __init__(self, inner: Scorer, folder: Path, shards: int) -> None:
+        super().__init__(inner, 10**6)
+        self._folder, self._shards = folder / "commits" / "pointwise", shards
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        if len([*self._folder.glob("*.json")]) >= self._shards:
+            raise RuntimeError("the device is gone")
+        return super().score(batch)
+
+
+@pytest.mark.parametrize("done", [0, 2])
 def test_a_job_goes_on_from_what_is_committed(
-    calls: int, bundle: Make, tmp_path: Path, rows: list[Row]
+    done: int, bundle: Make, tmp_path: Path, rows: list[Row]
 ) -> None:
     path = nested(tmp_path / "in.parquet", rows, row_group_size=2)
     spec = job(bundle("llama31"), tmp_path / "out", path)
     with small_shards():
         whole = run_job(job(bundle("llama31"), tmp_path / "whole", path))
         with (
-            scorer_wrapped(lambda inner: Failing(inner, calls)),
+            scorer_wrapped(lambda inner: FailingAfter(inner, tmp_path / "out", done)),
             pytest.raises(RuntimeError, match="the device is gone"),
         ):
             run_job(spec)
     kept = names(tmp_path / "out" / "parts")
-    commits = tmp_path / "out" / "commits" / "pointwise"
-    done = len(names(commits)) if commits.exists() else 0
-    assert bool(done) == bool(calls)
+    assert report_of(tmp_path / "out")["shards"]["pointwise"]["done"] == done
     # What a shard is stays as it was planned, whatever a newer version would make of it.
     report, watch = run_job(spec), Recorder()
     total = whole["shards"]["pointwise"]["done"]
