@@ -46,7 +46,9 @@ class Reranker:
         """
         opened = open_bundle(bundle)
         scorer = open_scorer(opened, engine=engine, device=device)
-        return cls(scorer, PairEncoder.from_file(opened.file("tokenizer.json"), opened.recipe))
+        encoder = PairEncoder.from_file(opened.file("tokenizer.json"), opened.recipe)
+        opened.check_unchanged()
+        return cls(scorer, encoder)
 
     def score(self, query: str, documents: Sequence[Document]) -> list[float]:
         """Logits of the documents, in their order.

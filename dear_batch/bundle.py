@@ -14,24 +14,23 @@ they have. Knows nothing of engines or of how a bundle is made.
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from io import BufferedReader
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from dear_batch import trust
+from dear_batch.bundle_files import changed, check_files, check_nothing_else, regular, unreadable
 from dear_batch.errors import ConfigurationError, TrustError
 from dear_batch.manifest_fields import misfit
 from dear_batch.pointwise.recipe import Recipe
-from dear_batch.verified import FileState, Hashes, opened_file, opened_folder
+from dear_batch.verified import FileState, Hashes, opened_folder
 
 SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 MAX_MANIFEST_BYTES = 16 << 20
-GRAPHS = "onnx"  # a graph may name any file beside it as its weights
+OWN = "sha256"  # the manifest's field about itself
+BLANK = "0" * 64
 Task = Literal["pointwise", "listwise"]
 
 
@@ -108,7 +107,7 @@ class Bundle:
             TrustError: it does not, so nothing is known of the file.
         """
         if name not in self.manifest.files:
-            raise _changed(self.folder, name, "the manifest does not list it")
+            raise changed(self.folder, name, "the manifest does not list it")
         return self.folder / name
 
     def check_unchanged(self) -> None:
@@ -165,9 +164,14 @@ def hash_folder(folder: Path) -> dict[str, FileRecord]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `bundle.json`; the folder is published by a rename of the whole."""
-    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    """Write `bundle.json`; the folder is published by a rename of the whole.
+
+    It begins with the sha256 of itself, that field in zeros, so that it tells of any changed
+    byte, as its other fields do of the files.
+    """
+    text = json.dumps({OWN: BLANK, **manifest.to_json()}, indent=2, ensure_ascii=False) + "\n"
+    text = text.replace(BLANK, hashlib.sha256(text.encode()).hexdigest(), 1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def open_bundle(
@@ -197,7 +201,7 @@ def open_bundle(
             valid="a folder that `dear-batch export` wrote",
             next_step="dear-batch export --help",
         )
-    with _unreadable(folder, "."), opened_folder(folder) as top:
+    with unreadable(folder, "."), opened_folder(folder) as top:
         raw, state = _read_manifest(folder, top)
         manifest = _parse(folder / MANIFEST, raw)
         if task and manifest.task != task:
@@ -208,13 +212,13 @@ def open_bundle(
             )
         opened = {MANIFEST: state} if verify else {}
         if verify:
-            opened |= _check_nothing_else(folder, top, manifest)
-            opened |= _check_files(folder, top, manifest, Hashes.load(paranoid=paranoid))
+            opened |= check_nothing_else(folder, top, {MANIFEST, *manifest.files})
+            opened |= check_files(folder, top, manifest.files, Hashes.load(paranoid=paranoid))
     return Bundle(folder, manifest, hashlib.sha256(raw).hexdigest(), opened)
 
 
 def _read_manifest(folder: Path, top: int) -> tuple[bytes, FileState]:
-    with _regular(folder, top, MANIFEST) as (file, state):
+    with regular(folder, top, MANIFEST) as (file, state):
         if state.bytes > MAX_MANIFEST_BYTES:
             raise _unreadable_manifest(folder / MANIFEST, f"{state.bytes} bytes")
         return file.read(MAX_MANIFEST_BYTES), state
@@ -223,10 +227,11 @@ def _read_manifest(folder: Path, top: int) -> tuple[bytes, FileState]:
 def _parse(path: Path, raw: bytes) -> Manifest:
     try:
         fields = trust.read_json(raw)
+        _check_own(fields.pop(OWN, None), raw)
         version = fields["schema_version"]
         why = misfit(fields) if version == SCHEMA_VERSION else None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _unreadable_manifest(path, repr(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable_manifest(path, f"{type(error).__name__}: {error}") from error
     if version != SCHEMA_VERSION:
         raise ConfigurationError(
             f"The bundle {path.parent} has schema version {version}.",
@@ -238,83 +243,23 @@ def _parse(path: Path, raw: bytes) -> Manifest:
     return Manifest.from_json(fields)
 
 
+def _check_own(sha256: str | None, raw: bytes) -> None:
+    """Bundles of the first versions have none.
+
+    Raises:
+        ValueError: the manifest was changed.
+    """
+    if sha256 is None:
+        return
+    blank = raw.replace(sha256.encode(), BLANK.encode(), 1)
+    if hashlib.sha256(blank).hexdigest() != sha256:
+        raise ValueError(f"its own sha256 is not {sha256}")
+
+
 def _unreadable_manifest(path: Path, why: str) -> TrustError:
     return TrustError(
         f"The manifest {path} cannot be read.",
         where=why,
         valid=f"a {MANIFEST} as `dear-batch export` writes it",
         next_step="export the bundle again",
-    )
-
-
-def _check_nothing_else(folder: Path, top: int, manifest: Manifest) -> dict[str, FileState]:
-    """Refuse what transformers or a graph could load though the manifest does not list it.
-
-    Returns the states of the folders: a file that is put there later changes them.
-    """
-    listed = {MANIFEST, *manifest.files}
-    folders = {str(above) for name in listed for above in PurePosixPath(name).parents}
-    states = {}
-    for name in sorted(folders):
-        with _unreadable(folder, name), opened_folder(name, top) as opened:
-            states[name] = FileState.of(os.fstat(opened))
-            with os.scandir(opened) as found:
-                entries = sorted(entry.name for entry in found)
-        for entry in entries:
-            path = (PurePosixPath(name) / entry).as_posix()
-            # transformers loads no hidden files, and a desktop leaves some.
-            hidden = entry.startswith(".") and path.split("/")[0] != GRAPHS
-            if path not in listed | folders and not hidden:
-                raise _changed(
-                    folder, path, "the manifest does not list it", f"rm -r {folder / path}; or "
-                )
-    return states
-
-
-def _check_files(
-    folder: Path, top: int, manifest: Manifest, hashes: Hashes
-) -> dict[str, FileState]:
-    """Check each file on its descriptor, so that no path can lead elsewhere meanwhile."""
-    states = {}
-    for name, record in manifest.files.items():
-        trust.check_suffix(folder / name)
-        with _regular(folder, top, name) as (file, states[name]):
-            if states[name].bytes != record.bytes:
-                raise _changed(folder, name, f"{states[name].bytes} bytes, not {record.bytes}")
-            if not hashes.matches(file, states[name], record.sha256):
-                raise _changed(folder, name, "its sha256 differs")
-            trust.check_contents(folder / name, file, manifest.files, name)
-            if FileState.of(os.fstat(file.fileno())) != states[name]:
-                raise _changed(folder, name, "it was written to while it was read")
-    hashes.save()
-    return states
-
-
-@contextmanager
-def _regular(folder: Path, top: int, name: str) -> Iterator[tuple[BufferedReader, FileState]]:
-    """A file of the bundle, opened: no link anywhere on the way, and of one name only."""
-    with _unreadable(folder, name), opened_file(top, name) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise _changed(folder, name, "it is not a regular file")
-        if found.st_nlink > 1:  # it could be written to through its other name
-            raise _changed(folder, name, "it is a hard link")
-        yield file, FileState.of(found)
-
-
-@contextmanager
-def _unreadable(folder: Path, name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = f"it is missing, a link, or cannot be read: {error.strerror}"
-        raise _changed(folder, name, why) from error
-
-
-def _changed(folder: Path, name: str, why: str, first: str = "") -> TrustError:
-    return TrustError(
-        f"The bundle {folder} is not what its manifest says.",
-        where=f"{name}: {why}",
-        valid="the files exactly as `dear-batch export` wrote them",
-        next_step=f"{first}copy the bundle again from its source, or export it again",
     )

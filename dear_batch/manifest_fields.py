@@ -92,7 +92,10 @@ def _record(**checks: Check) -> Check:
         unknown = sorted(value.keys() - checks.keys())
         if unknown:
             return f" has an unknown field {_short(unknown[0])}"
-        wrong = ((key, check(value.get(key))) for key, check in checks.items())
+        missing = sorted(checks.keys() - value.keys())
+        if missing:
+            return f" has no {missing[0]}"
+        wrong = ((key, check(value[key])) for key, check in checks.items())
         return next((f".{key}{why}" for key, why in wrong if why), None)
 
     return found

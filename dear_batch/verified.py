@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Self
 
@@ -77,8 +77,10 @@ def opened_file(top: int, name: str) -> Iterator[BufferedReader]:
     """
     path = PurePosixPath(name)
     with opened_folder(path.parent, top) as folder:
-        descriptor = os.open(path.name, FLAGS, dir_fd=folder)
-    with os.fdopen(descriptor, "rb") as file:
+        raw: Any = FileIO(
+            path.name, opener=lambda part, _flags: os.open(part, FLAGS, dir_fd=folder)
+        )
+    with BufferedReader(raw) as file:
         yield file
 
 

@@ -1,16 +1,30 @@
 """A bundle is trusted file by file. The bundle here is made by hand: no model is needed."""
 
+import hashlib
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dear_batch.bundle import Manifest, Source, hash_folder, open_bundle, write_manifest
+from dear_batch.bundle import (
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    Source,
+    hash_file,
+    hash_folder,
+    open_bundle,
+    write_manifest,
+)
 from dear_batch.errors import ConfigurationError, TrustError
 from dear_batch.pointwise.recipe import Recipe
 
 RECIPE = Recipe("readme", "last-token", (1,), (1,), (), 2)
+GRAPH = b"\x08\x08"  # a ModelProto of nothing but its ir_version
+OTHER_GRAPH = b"\x08\x09"
 
 
 @pytest.fixture
@@ -18,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
     (folder / "onnx").mkdir(parents=True)
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "onnx" / "packed.onnx").write_bytes(b"graph")
+    (folder / "onnx" / "packed.onnx").write_bytes(GRAPH)
     manifest = Manifest(
         task="pointwise",
         source=Source("some/model", "0" * 40),
@@ -49,7 +63,7 @@ def refused(folder: Path, match: str) -> None:
 
 
 def test_a_changed_file(folder: Path) -> None:
-    (folder / "onnx" / "packed.onnx").write_bytes(b"grapH")
+    (folder / "onnx" / "packed.onnx").write_bytes(OTHER_GRAPH)
     refused(folder, r"packed\.onnx: its sha256 differs")
 
 
@@ -60,19 +74,33 @@ def test_a_file_of_another_size(folder: Path) -> None:
 
 def test_a_missing_file(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    refused(folder, "missing")
+    refused(folder, r"tokenizer\.json: it is missing")
 
 
-def test_a_symlink_with_the_right_contents(folder: Path) -> None:
-    graph = folder / "onnx" / "packed.onnx"
-    graph.rename(folder.parent / "elsewhere")
-    graph.symlink_to(folder.parent / "elsewhere")
+@pytest.mark.parametrize("name", ["onnx/packed.onnx", "tokenizer.json", "bundle.json"])
+def test_a_symlink_with_the_right_contents(name: str, folder: Path) -> None:
+    path = folder / name
+    path.rename(folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+    refused(folder, f"{name}: it is missing, a link")
+
+
+def test_a_fifo_does_not_hold_the_job(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
     refused(folder, "not a regular file")
 
 
-def test_a_hard_link_in_the_onnx_folder(folder: Path) -> None:
-    os.link(folder / "onnx" / "packed.onnx", folder.parent / "elsewhere")
-    refused(folder, "hard link")
+def test_a_folder_in_place_of_a_file(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").mkdir()
+    refused(folder, r"tokenizer\.json: .* Is a directory")
+
+
+@pytest.mark.parametrize("name", ["onnx/packed.onnx", "tokenizer.json", "bundle.json"])
+def test_a_hard_link(name: str, folder: Path) -> None:
+    os.link(folder / name, folder.parent / "elsewhere")
+    refused(folder, f"{name}: it is a hard link")
 
 
 def test_a_file_the_manifest_does_not_list_beside_the_graphs(folder: Path) -> None:
@@ -85,7 +113,16 @@ def test_a_file_the_manifest_does_not_list_anywhere(name: str, folder: Path) -> 
     """transformers loads what it finds in a folder, listed or not."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).touch()
-    refused(folder, f"{name}: the manifest does not list it")
+    top = name.partition("/")[0]
+    refused(folder, f"{top}: the manifest does not list it")
+
+
+def test_an_unlisted_name_that_a_terminal_would_obey(folder: Path) -> None:
+    (folder / "\x1b[31mred").touch()
+    refused(folder, r"'\\x1b\[31mred': the manifest does not list it")
+    (folder / "\x1b[31mred").unlink()
+    (folder / os.fsdecode(b"\xff")).touch()
+    refused(folder, r"'\\udcff': the manifest does not list it")
 
 
 def test_a_link_the_manifest_does_not_list(folder: Path) -> None:
@@ -112,24 +149,87 @@ def test_a_bundle_of_the_other_task_is_refused_unread(folder: Path) -> None:
     assert caught.value.valid == "a listwise bundle"
 
 
-def test_a_manifest_that_points_outside(folder: Path) -> None:
+def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change the fields of the manifest as whoever made the bundle could."""
     fields = json.loads((folder / "bundle.json").read_text())
-    (folder.parent / "elsewhere").write_bytes(b"")
-    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sha256 of b""
-    fields["files"]["../elsewhere"] = {"bytes": 0, "sha256": empty}
+    del fields["sha256"]
+    edit(fields)
     (folder / "bundle.json").write_text(json.dumps(fields))
-    refused(folder, "not a regular file")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("../elsewhere", "points out of the bundle"),
+        ("onnx/../../elsewhere", "points out of the bundle"),
+        ("/elsewhere", "points out of the bundle"),
+        ("onnx\\packed.onnx", "backslash"),
+        ("tokenizer.json\0", "control character"),
+        ("./tokenizer.json", "plain path"),
+        ("onnx//packed.onnx", "plain path"),
+        ("", "plain path"),
+    ],
+)
+def test_a_manifest_that_points_elsewhere(name: str, why: str, folder: Path) -> None:
+    (folder.parent / "elsewhere").write_bytes(b"")
+    record = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    edited(folder, lambda fields: fields["files"].update({name: record}))
+    refused(folder, why)
+    with pytest.raises(TrustError, match=why):  # to be shown, too
+        open_bundle(folder, verify=False)
+
+
+def listed(folder: Path, name: str, contents: bytes) -> None:
+    """A file that the manifest lists with its true hash: the maker of the bundle is hostile."""
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(contents)
+    record = {"bytes": len(contents), "sha256": hash_file(path).sha256}
+    edited(folder, lambda fields: fields["files"].update({name: record}))
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "a.pt", "a.PTH", "onnx/a.pkl", "a.ckpt", "a.joblib", "m.py"]
+)
+def test_listed_pickles_and_code(name: str, folder: Path) -> None:
+    listed(folder, name, b"whatever")
+    refused(folder, "it is code" if name.endswith(".py") else "it is pickled")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "adapter_config.json", "tokenizer_config.json", "sub/processor.json"]
+)
+def test_a_listed_config_with_auto_map(name: str, folder: Path) -> None:
+    listed(folder, name, b'{"a": [{"auto_map": {"AutoModel": "evil.Model"}}]}')
+    refused(folder, "auto_map")
+
+
+def test_a_listed_config_that_is_no_json(folder: Path) -> None:
+    listed(folder, "config.json", b"[" * 100_000)
+    refused(folder, r"config\.json: it is no JSON")
+
+
+def test_listed_weights_with_an_oversized_header(folder: Path) -> None:
+    listed(folder, "model.safetensors", (2**40).to_bytes(8, "little") + b"{}")
+    refused(folder, r"its header of \d+ bytes is longer than the file")
+
+
+def test_a_listed_file_that_is_no_graph(folder: Path) -> None:
+    listed(folder, "onnx/model.onnx", b"graph")
+    refused(folder, r"model\.onnx: it is no ONNX graph")
 
 
 def test_a_linked_onnx_folder(folder: Path) -> None:
     (folder / "onnx").rename(folder.parent / "elsewhere")
     (folder / "onnx").symlink_to(folder.parent / "elsewhere")
-    refused(folder, "not a regular file")
+    refused(folder, "onnx: it is missing, a link")
 
 
 def test_a_bundle_reached_through_a_link_is_whole(folder: Path) -> None:
     (folder.parent / "latest").symlink_to(folder)
-    assert open_bundle(folder.parent / "latest").recipe == RECIPE
+    bundle = open_bundle(folder.parent / "latest")
+    assert bundle.recipe == RECIPE
+    bundle.check_unchanged()
 
 
 def test_only_listed_files_are_handed_out(folder: Path) -> None:
@@ -141,7 +241,15 @@ def test_only_listed_files_are_handed_out(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", '{"schema_version": 1}', '{"schema_version": 1, "recipe": null, "files": []}'],
+    [
+        "{",
+        "[]",
+        "1",
+        "[" * 100_000,
+        '{"sha256": 1, "schema_version": 1}',
+        '{"schema_version": 1}',
+        '{"schema_version": 1, "recipe": null, "files": []}',
+    ],
 )
 def test_a_broken_manifest(folder: Path, text: str) -> None:
     (folder / "bundle.json").write_text(text)
@@ -149,8 +257,7 @@ def test_a_broken_manifest(folder: Path, text: str) -> None:
 
 
 def test_another_schema_version(folder: Path) -> None:
-    fields = json.loads((folder / "bundle.json").read_text())
-    (folder / "bundle.json").write_text(json.dumps({**fields, "schema_version": 99}))
+    edited(folder, lambda fields: fields.update(schema_version=99))
     with pytest.raises(ConfigurationError, match="schema version 99"):
         open_bundle(folder)
 
@@ -158,3 +265,150 @@ def test_another_schema_version(folder: Path) -> None:
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="not a bundle"):
         open_bundle(tmp_path)
+
+
+def test_one_flipped_bit_anywhere_in_the_manifest(folder: Path) -> None:
+    path = folder / "bundle.json"
+    whole = path.read_bytes()
+    for at, byte in enumerate(whole):
+        path.write_bytes(whole[:at] + bytes([byte ^ 1 << at % 8]) + whole[at + 1 :])
+        refused(folder, "cannot be read")
+    path.write_bytes(whole)
+    assert open_bundle(folder).recipe == RECIPE
+
+
+def test_a_manifest_of_the_first_versions_has_no_hash_of_its_own(folder: Path) -> None:
+    edited(folder, lambda _fields: None)
+    assert open_bundle(folder).recipe == RECIPE
+
+
+def test_a_manifest_beyond_any_size(folder: Path) -> None:
+    with (folder / "bundle.json").open("ab") as file:
+        file.truncate(MAX_MANIFEST_BYTES + 1)
+    refused(folder, "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("revision", "main"),
+        ("revision", "0" * 39),
+        ("revision", "A" * 40),
+        ("revision", 1),
+        ("adapter_revision", "v1.0"),
+    ],
+)
+def test_a_revision_that_pins_nothing(field: str, value: object, folder: Path) -> None:
+    edited(folder, lambda fields: fields["source"].update({field: value}))
+    refused(folder, f"source.{field} is no commit of 40 hex digits")
+
+
+# After the files were read
+
+
+def replace_graph(folder: Path) -> None:
+    (folder / "other").write_bytes(GRAPH)
+    (folder / "other").replace(folder / "onnx" / "packed.onnx")
+
+
+def write_graph(folder: Path) -> None:
+    (folder / "onnx" / "packed.onnx").write_bytes(OTHER_GRAPH)
+
+
+def swap_and_back(folder: Path) -> None:
+    """The graph is another one while it is read, and the old one again afterwards."""
+    (folder / "onnx").rename(folder.parent / "aside")
+    (folder / "onnx").mkdir()
+    (folder / "onnx").rmdir()
+    (folder.parent / "aside").rename(folder / "onnx")
+
+
+def add_weights(folder: Path) -> None:
+    (folder / "onnx" / "weights.bin").touch()
+
+
+def link_graph(folder: Path) -> None:
+    graph = folder / "onnx" / "packed.onnx"
+    graph.rename(folder.parent / "elsewhere")
+    graph.symlink_to(folder.parent / "elsewhere")
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / "bundle.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [replace_graph, write_graph, swap_and_back, add_weights, link_graph, remove_manifest],
+)
+def test_a_swap_while_a_library_reads(change: Callable[[Path], None], folder: Path) -> None:
+    bundle = open_bundle(folder)
+    bundle.check_unchanged()
+    time.sleep(0.02)  # a tick of the file system's clock
+    change(folder)
+    with pytest.raises(TrustError, match="changed while it was being loaded"):
+        bundle.check_unchanged()
+
+
+def test_a_link_to_the_bundle_that_is_moved_meanwhile(folder: Path) -> None:
+    latest = folder.parent / "latest"
+    latest.symlink_to(folder)
+    bundle = open_bundle(latest)
+    (folder.parent / "new").mkdir()
+    latest.unlink()
+    latest.symlink_to(folder.parent / "new")
+    with pytest.raises(TrustError, match="changed while it was being loaded"):
+        bundle.check_unchanged()
+
+
+def test_a_bundle_that_was_opened_to_be_shown_may_not_be_loaded(folder: Path) -> None:
+    with pytest.raises(TrustError, match="no longer what was checked"):
+        open_bundle(folder, verify=False).check_unchanged()
+
+
+# Hashing once
+
+
+@pytest.fixture
+def hashed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[str]]:
+    """Opens the bundle; names of the files whose hash was computed, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    digest = hashlib.file_digest
+
+    def opened(**options: bool) -> list[str]:
+        files: list[str] = []
+
+        def counted(file: Any, name: str) -> Any:
+            files.append(Path(f"/proc/self/fd/{file.fileno()}").readlink().name)
+            return digest(file, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hashlib, "file_digest", counted)
+            open_bundle(folder, **options)
+        return files
+
+    return opened
+
+
+ALL = ["packed.onnx", "tokenizer.json"]
+
+
+@pytest.mark.slow
+def test_a_file_is_hashed_once_it_has_settled_and_never_again(
+    folder: Path, hashed: Callable[..., list[str]]
+) -> None:
+    assert sorted(hashed()) == ALL
+    assert sorted(hashed()) == ALL  # they were written this second, and may be again
+    time.sleep(2.1)
+    assert sorted(hashed()) == ALL
+    assert hashed() == []
+    assert sorted(hashed(paranoid=True)) == ALL
+    graph = folder / "onnx" / "packed.onnx"
+    before = graph.stat()
+    graph.write_bytes(OTHER_GRAPH)
+    os.utime(graph, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert graph.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(TrustError, match="sha256 differs"):
+        hashed()

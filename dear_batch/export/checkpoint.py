@@ -1,15 +1,16 @@
 """Finds a checkpoint (local folder or hub id), and refuses what must not be loaded.
 
-Knows nothing of models: it reads configs and file names only.
+Knows nothing of models: it reads configs, file names and the headers of weights only.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dear_batch import trust
 from dear_batch.bundle import Task
 from dear_batch.errors import ConfigurationError, InputError, TrustError, missing_extra
+from dear_batch.manifest_fields import REVISION
 
 try:
     from huggingface_hub import HfApi, snapshot_download
@@ -21,8 +22,7 @@ MODEL_TYPES: dict[Task, tuple[str, ...]] = {
     "pointwise": ("llama",),
     "listwise": ("llama", "mistral"),  # RankZephyr is a Mistral
 }
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# Everything a Llama checkpoint needs; weights as safetensors only.
+# Everything a Llama checkpoint needs; weights as safetensors only, and no code.
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
@@ -43,10 +43,7 @@ class Checkpoint:
         path = self.folder / name
         if not path.is_file():
             return None
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is not valid JSON: {error}.") from error
+        fields = _read_json(path)
         if not isinstance(fields, dict):
             raise InputError(f"{path} is not a JSON object.")
         return fields
@@ -81,14 +78,25 @@ def resolve(name: str, revision: str, *, weights: bool = True) -> Checkpoint:
 
     Raises:
         ConfigurationError: no such folder, and the hub does not have (or reach) the id.
+        InputError: a config that cannot be read.
+        TrustError: see `check_folder`, or the hub names no commit.
     """
     folder = Path(name)
     if folder.is_dir():
+        check_folder(folder)
         return Checkpoint(name, folder, None)
+    commit, folder = _fetched(name, revision, weights)
+    check_folder(folder)
+    return Checkpoint(name, folder, commit)
+
+
+def _fetched(name: str, revision: str, weights: bool) -> tuple[str, Path]:
     try:
-        commit = HfApi().model_info(name, revision=revision).sha
+        commit = _pinned(name, revision, HfApi().model_info(name, revision=revision).sha)
         patterns = PATTERNS if weights else [p for p in PATTERNS if p != "*.safetensors"]
         path = snapshot_download(name, revision=commit, allow_patterns=patterns)
+    except TrustError:
+        raise
     except Exception as error:  # whatever HTTP client the hub's library uses
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigurationError(
@@ -98,7 +106,53 @@ def resolve(name: str, revision: str, *, weights: bool = True) -> Checkpoint:
             "abdoelsayed/dear-3b-reranker-ce-v1",
             next_step="check the spelling and the network; gated models need `hf auth login`",
         ) from error
-    return Checkpoint(name, Path(path), commit)
+    return commit, Path(path)
+
+
+def _pinned(name: str, revision: str, commit: str | None) -> str:
+    if commit is not None and REVISION.fullmatch(commit):
+        return commit
+    raise TrustError(
+        f"The hub gives no commit for {name!r}, so its files could change at any time.",
+        where=f"revision {revision}: {commit!r}",
+        valid="40 hex digits",
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model or adapter folder of which anything could run code.
+
+    The files beside the configs alone: nothing opens those of folders below. A snapshot of the
+    hub's cache consists of links, so they are followed here.
+
+    Raises:
+        InputError: a config that cannot be read.
+        TrustError: pickles or code beside the weights, a config that asks for code, or
+            safetensors whose header is not to be trusted.
+    """
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        for path in files:
+            trust.check_suffix(path)
+        for path in files:
+            _check_file(path)
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be read: {error}.") from error
+
+
+def _check_file(path: Path) -> None:
+    if path.suffix == ".json" and path.name not in trust.VOCABULARIES:
+        trust.check_config(path, _read_json(path))
+    elif path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            trust.check_safetensors(path, file)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return trust.read_json(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
 
 
 def check_model(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -106,7 +160,6 @@ def check_model(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises:
         ConfigurationError: an adapter, or a quantised model.
-        TrustError: pickled weights, or a config that asks for remote code.
     """
     config = checkpoint.config("config.json")
     if config is None:
@@ -120,7 +173,6 @@ def check_model(checkpoint: Checkpoint) -> dict[str, Any]:
             if adapter
             else "",
         )
-    refuse_remote_code(checkpoint, "config.json")
     if config.get("quantization_config"):
         raise ConfigurationError(
             f"{checkpoint.id} is quantised (quantization_config in config.json).",
@@ -144,39 +196,16 @@ def check_architecture(checkpoint: Checkpoint, config: dict[str, Any], task: Tas
         )
 
 
-def refuse_remote_code(checkpoint: Checkpoint, name: str) -> None:
-    """Refuse a config that names code to be run.
-
-    Raises:
-        TrustError: it has an `auto_map`.
-    """
-    if (checkpoint.config(name) or {}).get("auto_map"):
-        raise TrustError(
-            f"{checkpoint.id} asks to run code of its own (auto_map in {name}).",
-            valid="a plain Llama checkpoint",
-        )
-
-
 def check_weights(checkpoint: Checkpoint, pattern: str) -> None:
-    """Refuse a checkpoint whose weights are pickled or absent; `pattern` finds good ones.
+    """Refuse a checkpoint without weights; `pattern` finds them.
 
     Raises:
-        TrustError: its only weights are pickles.
-        ConfigurationError: it has no weights.
+        ConfigurationError: it has none.
     """
-    if any(checkpoint.folder.glob(pattern)):
-        return
-    pickled = sorted(p.name for p in checkpoint.folder.iterdir() if p.suffix in PICKLES)
-    if pickled:
-        raise TrustError(
-            f"The weights of {checkpoint.id} are pickled, which can run code when loaded.",
-            where=", ".join(pickled),
-            valid="*.safetensors",
-            next_step="convert them on a machine you can lose: safetensors.torch.save_file",
+    if not any(checkpoint.folder.glob(pattern)):
+        raise ConfigurationError(
+            f"{checkpoint.id} has no weights.", where=str(checkpoint.folder), valid=pattern
         )
-    raise ConfigurationError(
-        f"{checkpoint.id} has no weights.", where=str(checkpoint.folder), valid=pattern
-    )
 
 
 def check_adapter(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dear_batch.bundle import Task
 from dear_batch.errors import ConfigurationError, InputError, missing_extra
-from dear_batch.export.checkpoint import Checkpoint, check_weights, refuse_remote_code
+from dear_batch.export.checkpoint import Checkpoint, check_weights
 
 try:
     import torch
@@ -37,7 +37,6 @@ def model_from_checkpoint(model: Checkpoint, adapter: Checkpoint | None, task: T
     Raises:
         InputError: weights that cannot be read or do not fit their config.
         ConfigurationError: weights or a score head that are missing, or lost in merging.
-        TrustError: pickled weights.
     """
     check_weights(model, "*.safetensors")
     if adapter is not None:
@@ -151,9 +150,6 @@ def tokenizer_from_checkpoint(model: Checkpoint, adapter: Checkpoint | None) -> 
     Raises:
         ConfigurationError: there is none that `tokenizers` can run.
     """
-    for checkpoint in (model, adapter):
-        if checkpoint is not None:
-            refuse_remote_code(checkpoint, "tokenizer_config.json")
     has_own = adapter is not None and (adapter.folder / "tokenizer.json").is_file()
     source = adapter if adapter is not None and has_own else model
     with quiet():

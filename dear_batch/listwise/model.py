@@ -45,6 +45,7 @@ class LanguageModel:
             dtype=DTYPES[precision],
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
         return cls(model.to(device), device)
 

@@ -80,6 +80,7 @@ class ListwiseRanker:
         Raises:
             ConfigurationError, UsageError: as `check_listwise`, or the device is not there.
             TryAgainError: there is no memory for the model, or for a small window.
+            TrustError: the bundle was changed while it was being loaded.
         """
         encoder = check_listwise(bundle, spec)
         device = found_device(device)
@@ -89,6 +90,7 @@ class ListwiseRanker:
         try:
             with memory_errors():
                 model = LanguageModel.from_bundle(bundle, device, precision)
+            bundle.check_unchanged()
             return cls(model, encoder, spec, tokenizer)
         except MemoryError as error:
             raise too_little_memory(f"load {bundle.folder}", f"{device}: {error}") from error

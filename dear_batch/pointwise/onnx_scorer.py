@@ -105,11 +105,19 @@ def _memory_errors() -> Iterator[None]:
 
 
 def onnx_scorer(bundle: "Bundle", device: str) -> PackedOnnxScorer | PaddedOnnxScorer:
-    """The scorer that the bundle's recipe calls for."""
+    """The scorer that the bundle's recipe calls for.
+
+    Raises:
+        TrustError: the bundle was changed while it was being loaded.
+    """
     recipe = bundle.recipe
+    scorer: PackedOnnxScorer | PaddedOnnxScorer
     if recipe.pooling == "final-position":
-        return PaddedOnnxScorer(bundle.file("onnx/model.onnx"), recipe, device)
-    return PackedOnnxScorer(bundle.file("onnx/packed.onnx"), recipe, device)
+        scorer = PaddedOnnxScorer(bundle.file("onnx/model.onnx"), recipe, device)
+    else:
+        scorer = PackedOnnxScorer(bundle.file("onnx/packed.onnx"), recipe, device)
+    bundle.check_unchanged()
+    return scorer
 
 
 def open_session(graph: Path, device: str) -> tuple[ort.InferenceSession, str]:

@@ -43,7 +43,12 @@ class TorchScorer:
 
     @classmethod
     def from_bundle(cls, bundle: "Bundle", device: str) -> Self:
-        """Load the bundle's weights; `auto` takes CUDA where there is one."""
+        """Load the bundle's weights; `auto` takes CUDA where there is one.
+
+        Raises:
+            ConfigurationError: there is no such GPU.
+            TrustError: the bundle was changed while it was being loaded.
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
@@ -52,7 +57,9 @@ class TorchScorer:
                 valid=f"--device cpu, or one of {torch.cuda.device_count()} GPUs",
             )
         with memory_errors():
-            return cls(model_from_bundle(bundle), bundle.recipe, device)
+            model = model_from_bundle(bundle)
+            bundle.check_unchanged()
+            return cls(model, bundle.recipe, device)
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         """Raw logits, scores_N."""
@@ -80,7 +87,9 @@ class TorchScorer:
 
 def model_from_bundle(bundle: "Bundle") -> Any:
     """The bundle's weights, stored once in the graphs' layout, as a Hugging Face model."""
-    config = AutoConfig.from_pretrained(bundle.file("config.json").parent)
+    config = AutoConfig.from_pretrained(
+        bundle.file("config.json").parent, trust_remote_code=False, local_files_only=True
+    )
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}

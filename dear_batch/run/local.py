@@ -213,6 +213,7 @@ class Job:
             )
             new = {commit.shard: commit for commit in stage.run(todo, done, total)}
             hashes.check()
+        bundle.check_unchanged()  # weights may have been read from the disk all the while
         return fields, commits | new
 
     def _stage_two(
@@ -249,7 +250,9 @@ class Job:
         total = sum(group.queries for group in flat)
         done = total - sum(group.queries for group in todo)
         self.watch.advance(listwise.STAGE, done, total)
-        return fields, kept | {commit.shard: commit for commit in stage.run(todo, done, total)}
+        new = {commit.shard: commit for commit in stage.run(todo, done, total)}
+        bundle.check_unchanged()
+        return fields, kept | new
 
     def _kept_listwise(self, fields: Fields, groups: list[listwise.Group]) -> Commits:
         fingerprint = fields["fingerprints"]["listwise"]
@@ -338,4 +341,6 @@ def load_pointwise(spec: JobSpec) -> tuple[Bundle, PairEncoder, Scorer]:
         row_tokens=execution.row_tokens,
         batch_tokens=execution.batch_tokens,
     )
-    return bundle, PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe), scorer
+    encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
+    bundle.check_unchanged()
+    return bundle, encoder, scorer

@@ -134,8 +134,8 @@ def record(folder: Path, found: Fields) -> None:
     write_metrics(folder, found, success=True)
     shards = found["shards"]["pointwise"]
     if found["tokens_per_second"] and shards["kept"] < shards["done"]:
-        facts = (found[name] for name in ("bundle_sha256", "engine", "device"))
-        remember(*facts, found["tokens_per_second"])
+        rate = found["tokens_per_second"]
+        remember(found["bundle_sha256"], found["engine"], found["device"], rate)
 
 
 def again(spec: JobSpec, folder: Path) -> Fields:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dear_batch.errors import ConfigurationError, InputError
+from dear_batch.errors import ConfigurationError, InputError, TrustError
 from dear_batch.export import checkpoint
 from dear_batch.export.checkpoint import check_model, resolve
 
@@ -42,6 +42,39 @@ def test_a_branch_is_pinned_to_its_commit_before_anything_is_fetched(hub: dict[s
     assert (name, revision) == ("abdoelsayed/dear-3b-reranker-ce-v1", COMMIT)
     assert "*.safetensors" in patterns
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py")) for pattern in patterns)
+
+
+@pytest.mark.parametrize("answer", [None, "main", "a" * 39, "A" * 40])
+def test_a_hub_that_names_no_commit(
+    answer: str | None, hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Api:
+        def model_info(self, name: str, revision: str) -> SimpleNamespace:  # noqa: ARG002
+            return SimpleNamespace(sha=answer)
+
+    monkeypatch.setattr(checkpoint, "HfApi", Api)
+    with pytest.raises(TrustError, match="no commit"):
+        resolve("some/model", "main")
+    assert "downloaded" not in hub
+
+
+def test_a_snapshot_that_holds_code_all_the_same(hub: dict[str, Any], tmp_path: Path) -> None:
+    """The folder of the hub's cache may hold what others have downloaded there."""
+    (tmp_path / "modeling.py").touch()
+    with pytest.raises(TrustError, match=r"modeling\.py: it is code"):
+        resolve("some/model", "main")
+    assert "downloaded" in hub
+
+
+def test_a_snapshot_of_links_into_the_hubs_store(hub: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_text('{"auto_map": {"AutoModel": "evil.Model"}}')
+    (tmp_path / "config.json").symlink_to("blobs/abc")
+    with pytest.raises(TrustError, match="auto_map"):
+        resolve("some/model", "main")
+    (tmp_path / "blobs" / "abc").write_text('{"model_type": "llama"}')
+    assert check_model(resolve("some/model", "main")) == {"model_type": "llama"}
+    assert hub["downloaded"][0] == "some/model"
 
 
 def test_a_dry_run_fetches_no_weights(hub: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from dear_batch.bundle import open_bundle
 from dear_batch.errors import (
     ConfigurationError,
     DearBatchError,
-    InputError,
     OutputError,
     TrustError,
 )
@@ -319,6 +318,63 @@ def test_remote_code_is_refused(tmp_path: Path, checkpoint: Make) -> None:
     refused(tmp_path, TrustError, "auto_map", model=str(model))
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "modeling.py"])
+@pytest.mark.parametrize("of", ["model", "adapter"])
+def test_pickles_and_code_beside_good_weights_are_refused(
+    name: str, of: str, tmp_path: Path, checkpoint: Make, adapter: Make
+) -> None:
+    folders = {"model": checkpoint("llama31", causal=True), "adapter": adapter("llama31")}
+    folders[of] = copied(folders[of], tmp_path / of)
+    (folders[of] / name).write_bytes(b"")
+    match = f"{name}: it is (pickled|code)"
+    refused(tmp_path, TrustError, match, **{k: str(v) for k, v in folders.items()})
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        ("model", "generation_config.json"),
+        ("adapter", "adapter_config.json"),
+        ("adapter", "tokenizer_config.json"),
+    ],
+)
+def test_remote_code_in_any_config_is_refused(
+    of: str, name: str, tmp_path: Path, checkpoint: Make, adapter: Make
+) -> None:
+    folders = {"model": checkpoint("llama31", causal=True), "adapter": adapter("llama31")}
+    folders[of] = copied(folders[of], tmp_path / of)
+    path = folders[of] / name
+    config = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    refused(tmp_path, TrustError, f"{name}.*auto_map", **{k: str(v) for k, v in folders.items()})
+
+
+@pytest.mark.parametrize(
+    ("of", "name"), [("model", "model.safetensors"), ("adapter", "adapter_model.safetensors")]
+)
+def test_an_oversized_header_is_refused(
+    of: str, name: str, tmp_path: Path, checkpoint: Make, adapter: Make
+) -> None:
+    folders = {"model": checkpoint("llama31", causal=True), "adapter": adapter("llama31")}
+    folders[of] = copied(folders[of], tmp_path / of)
+    with (folders[of] / name).open("r+b") as file:
+        file.write((2**62).to_bytes(8, "little"))
+    refused(
+        tmp_path,
+        TrustError,
+        "header of 4611686018427387904 bytes",
+        **{k: str(v) for k, v in folders.items()},
+    )
+
+
+def test_shards_in_other_folders_are_refused(tmp_path: Path, checkpoint: Make) -> None:
+    model = copied(checkpoint("llama31"), tmp_path / "model")
+    (model / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = {"metadata": {}, "weight_map": {"score.weight": "../x.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, TrustError, r"names '\.\./x\.safetensors'", model=str(model))
+
+
 def test_an_adapter_without_head_is_refused(
     tmp_path: Path, checkpoint: Make, adapter: Make
 ) -> None:
@@ -468,14 +524,14 @@ def test_a_tokenizer_with_remote_code_is_refused(tmp_path: Path, checkpoint: Mak
     config = json.loads((model / "tokenizer_config.json").read_text())
     config["auto_map"] = {"AutoTokenizer": ["evil.Tokenizer", None]}
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    refused(tmp_path, TrustError, "tokenizer_config", model=str(model))
+    refused(tmp_path, TrustError, "tokenizer_config.*auto_map", model=str(model))
 
 
 def test_cut_weights_are_refused(tmp_path: Path, checkpoint: Make) -> None:
     model = copied(checkpoint("llama31"), tmp_path / "model")
     whole = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path, InputError, "cannot be loaded", model=str(model))
+    refused(tmp_path, TrustError, "ends outside the file", model=str(model))
 
 
 def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path, checkpoint: Make) -> None:

@@ -1,0 +1,145 @@
+"""A manifest of any contents ends in a bundle that can be shown, or in an error of ours."""
+
+import copy
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from dear_batch.bundle import Manifest, Source, open_bundle
+from dear_batch.errors import DearBatchError
+from dear_batch.inspection import inspect_path
+from dear_batch.manifest_fields import misfit
+from dear_batch.pointwise.recipe import Recipe
+
+FIGURES = {
+    "pairs": 4,
+    "max_abs_difference": 1e-6,
+    "relative_difference": 0,
+    "kendall_tau": 1.0,
+    "top10_overlap": 1.0,
+    "ties": 0,
+    "reference_ties": 0,
+}
+MANIFEST = Manifest(
+    task="pointwise",
+    source=Source("some/model", "0" * 40, "some/adapter", "1" * 40, "name"),
+    precision="fp32",
+    recipe=Recipe("paper-script", "final-position", (1,), (1, 2), (), 2, 228, 32, 193),
+    architecture={"hidden_size": 8, "model_type": "llama"},
+    graphs={"onnx/model.onnx": {"inputs": {}, "outputs": {}}},
+    parity={"tolerance": 1e-4, "graphs": {"model.onnx": FIGURES}, "data": "user"},
+    versions={"torch": "2.13"},
+    created="2026-01-01T00:00:00+00:00",
+    files={},
+)
+GOOD: dict[str, Any] = json.loads(json.dumps(MANIFEST.to_json()))
+GOOD["files"] = {"config.json": {"bytes": 2, "sha256": "0" * 64}}
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    fields = copy.deepcopy(GOOD)
+    *above, last = path.split(".")
+    place = fields
+    for key in above:
+        place = place[key]
+    place[last] = value
+    return fields
+
+
+def test_what_an_export_writes_is_good() -> None:
+    assert misfit(GOOD) is None
+    assert misfit({**GOOD, "recipe": None, "parity": None, "graphs": {}, "files": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        ("task", "ranking", ".task is no 'pointwise' or 'listwise': 'ranking'"),
+        ("source", [], ".source is no object: []"),
+        ("source.model", None, ".source.model is no text: None"),
+        ("source.revision", "main", ".source.revision is no commit of 40 hex digits: 'main'"),
+        ("source.other", 1, ".source has an unknown field 'other'"),
+        ("precision", 32, ".precision is no text: 32"),
+        ("recipe.head_ids", [1, -1], ".recipe.head_ids[1] is no whole number"),
+        ("recipe.pad_id", True, ".recipe.pad_id is no whole number"),
+        ("recipe.max_length", 3, ".recipe.max_length leaves no room"),
+        ("architecture.x", [], ".architecture.'x' is no text or number: []"),
+        ("parity.graphs.x", {}, ".parity.graphs.'x' has no kendall_tau"),
+        ("versions.torch", 2, ".versions.'torch' is no text: 2"),
+        ("files.a", {"bytes": -1, "sha256": "0" * 64}, ".files.'a'.bytes is no whole number"),
+        ("files.a", {"bytes": 1, "sha256": "0" * 63}, ".files.'a'.sha256 is no sha256"),
+        ("files.a", {"bytes": 1.0, "sha256": "0" * 64}, ".files.'a'.bytes is no whole number"),
+        ("files.../a", {}, ".files"),
+        ("created", "\ud800", "half a surrogate pair"),
+        ("created", "x" * 10_000, None),
+        ("graphs", "x" * 10_000, "…"),
+    ],
+)
+def test_a_field_of_a_wrong_type(path: str, value: object, why: str | None) -> None:
+    found = (
+        misfit(changed(path, value))
+        if "../" not in path
+        else misfit({**GOOD, "files": {"../a": GOOD["files"]["config.json"]}})
+    )
+    if why is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert why in found
+        assert len(found) < 200
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["\ud800", "0" * 40, "0" * 64, "../x", 2**31, -1]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.sampled_from(["../x", "a\0"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    pairs = value.items() if isinstance(value, dict) else ()
+    return [above, *(place for key, inner in pairs for place in places(inner, (*above, key)))]
+
+
+@settings(
+    max_examples=int(os.environ.get("DEAR_BATCH_FUZZ_EXAMPLES", "200")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(place=st.sampled_from(places(GOOD)[1:]), value=VALUES, remove=st.booleans())
+def test_any_value_anywhere(
+    place: tuple[Any, ...], value: object, remove: bool, tmp_path: Path
+) -> None:
+    fields = copy.deepcopy(GOOD)
+    parent = fields
+    for key in place[:-1]:
+        parent = parent[key]
+    if remove:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = value
+    (tmp_path / "bundle.json").write_text(json.dumps(fields))
+    try:
+        bundle = open_bundle(tmp_path, verify=False)
+    except DearBatchError:
+        return
+    Console(file=io.TextIOWrapper(io.BytesIO(), "utf-8")).print(inspect_path(tmp_path))
+    assert bundle.manifest.to_json()
+    if bundle.manifest.files:  # and none of them is there
+        with pytest.raises(DearBatchError):
+            open_bundle(tmp_path)
