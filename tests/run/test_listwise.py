@@ -17,7 +17,7 @@ from dear_batch.files import parts
 from dear_batch.files.parts import RERANKED_SCHEMA, TEXT_SCHEMA
 from dear_batch.files.results import RERANKED_RESULTS_SCHEMA, TRANSCRIPTS_SCHEMA
 from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run import blocks, listwise, local
+from dear_batch.run import blocks, listwise, local, planning
 from dear_batch.run.folder import finished
 from dear_batch.run.local import run_job
 from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec, OutputSpec
@@ -625,7 +625,7 @@ def test_a_second_stage_that_dies_leaves_the_parts_and_no_run(
 def test_a_second_stage_goes_on_from_what_is_committed(
     fake: Fake, spec: JobSpec, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listwise, "LEAST_QUERIES", 3)
+    monkeypatch.setattr(planning, "LEAST_QUERIES", 3)
     with small_shards(4000):
         whole = run_job(into(spec, tmp_path / "whole"))
     total = whole["shards"]["listwise"]["done"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dear_batch.errors import ConfigurationError
 from dear_batch.pointwise.rows import Batch
 from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run import listwise, local
+from dear_batch.run import local, planning
 from dear_batch.run.folder import read_plan
 from dear_batch.run.local import run_job
 from dear_batch.run.planning import outline
@@ -268,7 +268,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 @pytest.fixture
 def two(bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> JobSpec:
     """A job of two stages whose first is done, in several groups of shards."""
-    monkeypatch.setattr(listwise, "LEAST_QUERIES", 3)
+    monkeypatch.setattr(planning, "LEAST_QUERIES", 3)
     path = nested(tmp_path / "in.parquet", rows, row_group_size=2)
     spec = job(bundle("llama31"), tmp_path / "out", path)
     generator = listwise_bundle(tmp_path / "listwise")
