@@ -191,7 +191,7 @@ def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool
         where=f"{folder / PLAN}: {', '.join(where)}",
         valid="a new folder for each job and night",
         next_step=f"--stage listwise, for another listwise stage over the same parts; or {other}"
-        if again and "listwise" in differing and of_stage_two
+        if again and wanted.get("listwise") and of_stage_two
         else other,
     )
 

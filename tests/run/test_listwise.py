@@ -435,7 +435,7 @@ def test_the_first_stage_alone_leaves_parts_and_says_so(
     assert "listwise" not in report
     assert report_of(tmp_path / "out") == report
     assert names(tmp_path / "out") == WORK | {"quarantine"}
-    assert len(fake.checked) == 1  # its bundle is here, so it is looked at before hours of work
+    assert fake.checked == []  # its packages may be on another machine
     assert fake.opened == []
     part = table(part_of(tmp_path / "out"))
     assert len(part) == (len(rows) - 1) * SIZE
@@ -699,7 +699,6 @@ def test_another_second_stage_that_dies_leaves_the_old_run(
     assert (tmp_path / "out" / "run.trec").read_bytes() != before["run.trec"]
 
 
-@pytest.mark.xfail(strict=True, reason="plan.json changes under the manifest that names it")
 def test_another_second_stage_that_dies_leaves_the_old_run_whole(
     fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
@@ -714,7 +713,6 @@ def test_another_second_stage_that_dies_leaves_the_old_run_whole(
     assert finished(tmp_path / "out") == manifest
 
 
-@pytest.mark.xfail(strict=True, reason="text_depth differs as well, so the hint is lost")
 def test_less_listwise_depth_is_pointed_to_its_own_run(fake: Fake, spec: JobSpec) -> None:
     run_job(spec)
     with pytest.raises(ConfigurationError, match="another job") as caught:
@@ -723,7 +721,6 @@ def test_less_listwise_depth_is_pointed_to_its_own_run(fake: Fake, spec: JobSpec
     assert fake.opened
 
 
-@pytest.mark.xfail(strict=True, reason="prepare() wants its packages for stage 1 alone, too")
 def test_the_first_stage_alone_needs_no_package_of_the_second(
     fake: Fake, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,7 @@ def test_the_manifest_names_every_file_and_success_names_the_manifest(ledger: Le
     folder = ledger.folder
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["files"]) == {
-        "plan.json", "report.json", "run.trec", "results.parquet", "quarantine.parquet"
+        "report.json", "run.trec", "results.parquet", "quarantine.parquet"
     }  # fmt: skip
     for name, record in manifest["files"].items():
         raw = (folder / name).read_bytes()
@@ -283,7 +283,7 @@ def test_killed_at_any_rename_there_is_no_end_or_a_whole_one(
     go(ledger, output)
     manifest = finished(ledger.folder)
     assert manifest
-    assert set(manifest["files"]) == {"run.trec", "results.parquet", "plan.json", "report.json"}
+    assert set(manifest["files"]) == {"run.trec", "results.parquet", "report.json"}
     assert "more.trec" not in names(ledger.folder)
     assert old
 
