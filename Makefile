@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 DATA ?= $(or $(DEAR_BATCH_TEST_DATA),../shared/data)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo check test test-all audit bench bench-listwise optimum clean
+.PHONY: setup demo check test test-all audit bench bench-listwise bench-ledger optimum clean
 
 setup: .venv/.installed
 
@@ -62,6 +62,10 @@ bench-listwise: demo
 	test -d .demo/listwise || $(BIN)/dear-batch export --model .demo/base --output .demo/listwise
 	$(BIN)/python benchmarks/listwise_cache.py .demo/base
 	$(BIN)/python benchmarks/listwise.py .demo/listwise $(DATA)/noveleval/google-top20.rankgpt.json
+
+# What the ledger and the accounting cost, over a million candidates
+bench-ledger: demo
+	$(BIN)/python benchmarks/ledger.py .demo/base
 
 # A bundle in Optimum's own runtime, which needs transformers 4 and so a venv of its own
 optimum: demo .venv-optimum/.installed

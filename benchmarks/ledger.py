@@ -3,8 +3,8 @@
 Measures, in processes of their own, the CPU seconds of the ledger (locks, plans, hashes, parts'
 commits, their verification, report and manifest) and of the accounting beside those of the whole
 job, the peak memory, and after kill -9 at half how long a restart takes until it scores. The
-model has one layer of the base's shape, so that everything but the model weighs 30 times as much
-as in the base.
+model is random and has one narrow layer, so that everything but the model weighs far more than it
+does in a real job.
 
     python benchmarks/ledger.py BASE [--candidates 1000000]
 """
@@ -57,7 +57,7 @@ def write_candidates(path: Path, n: int) -> None:
 
 
 def one_layer(base: Path, folder: Path) -> Path:
-    """A bundle of a random model of the base's shape with one layer."""
+    """A bundle of a random model with one layer a third as wide as SmolLM2's."""
     import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
@@ -65,7 +65,10 @@ def one_layer(base: Path, folder: Path) -> Path:
     from dear_batch.specs import ExportSpec
 
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(base, num_hidden_layers=1, num_labels=1)
+    shape = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3}
+    config = AutoConfig.from_pretrained(
+        base, num_hidden_layers=1, num_labels=1, num_key_value_heads=1, **shape
+    )
     checkpoint = folder / "checkpoint"
     LlamaForSequenceClassification(config).save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(base).save_pretrained(checkpoint)

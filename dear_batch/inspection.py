@@ -1,6 +1,5 @@
 """What a bundle, a Parquet file or an output folder holds, as tables for one screen."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from dear_batch.bundle import MANIFEST, open_bundle
 from dear_batch.errors import InputError
 from dear_batch.files.pages import open_parquet
 from dear_batch.files.parquet import RowReader, open_input
-from dear_batch.show import listwise_facts
+from dear_batch.run.folder import LOCK, PLAN, REPORT, read_json, read_plan
+from dear_batch.run.status import status_of
+from dear_batch.show import listwise_facts, status_table
 
 PREVIEW = 3
 TEXT = 60
@@ -26,13 +27,13 @@ def inspect_path(path: Path) -> RenderableType:
     """
     if (path / MANIFEST).is_file():
         return _bundle(path)
-    if (path / "plan.json").is_file():
+    if any((path / name).is_file() for name in (PLAN, LOCK)):
         return _output(path)
     if path.is_file():
         return _parquet(path)
     raise InputError(
         f"{path} is not something that dear-batch wrote or reads.",
-        valid="a bundle (bundle.json), an output folder (plan.json) or a .parquet file",
+        valid=f"a bundle ({MANIFEST}), an output folder ({PLAN}) or a .parquet file",
     )
 
 
@@ -115,48 +116,77 @@ def _parquet(path: Path) -> RenderableType:
     return Group(_facts(f"Parquet {path}", facts), preview)
 
 
-def _seconds(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in seconds.items())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from error
-    return fields if isinstance(fields, dict) else {}
-
-
 def _output(path: Path) -> RenderableType:
-    plan = _json(path / "plan.json")
-    if not {"inputs", "outputs", "bundle_sha256"} <= plan.keys():
-        raise InputError(f"{path / 'plan.json'} was not written by dear-batch run.")
+    """How far a job is, what it was asked for, and what is known of how it went."""
+    status = status_of(path)
+    plan, report = read_plan(path), read_json(path / REPORT)
+    views: list[RenderableType] = [status_table(status.to_json())]
+    if plan:
+        views.append(_facts("Job", _asked(plan)))
+    if report and status.state != "running":  # else it is that of an earlier attempt
+        try:
+            views.append(_facts("Report", _reported(report)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{path / REPORT} was not written by dear-batch run.", where=repr(error)
+            ) from error
+    return Group(*views)
+
+
+def _asked(plan: dict[str, Any]) -> dict[str, Any]:
+    """The job of a plan, and what computes it here."""
+    job, listwise = plan["job"], plan["listwise"]
     facts = {
-        "inputs": ", ".join(item["path"] for item in plan["inputs"][:PREVIEW]),
-        "queries planned": sum(output["queries"] for output in plan["outputs"]),
-        "shards": sum(len(output["shards"]) for output in plan["outputs"]),
-        "bundle sha256": plan["bundle_sha256"],
+        "inputs": _some([pin["path"] for pin in job["inputs"]]),
+        "rows": f"{sum(pin['rows'] for pin in job['inputs']):,}",
+        "runs": _some([f"{output['stem']}.trec" for output in plan["outputs"]]),
+        "bundle sha256": job["bundle_sha256"],
+        "pointwise": ", ".join(
+            f"{name} {'all' if value is None else value}"
+            for name, value in job["pointwise"].items()
+        ),
     }
-    if "listwise" in plan:
-        facts["listwise sha256"] = plan["listwise"]["bundle_sha256"]
-    report_path = path / "report.json"
-    if not report_path.is_file():
-        return _facts(f"Output {path}", {**facts, "status": "not finished: no report.json"})
-    report = _json(report_path)
-    for name in ("queries", "candidates"):
-        facts[name] = ", ".join(f"{count:,} {what}" for what, count in report[name].items())
-    facts |= {
-        "status": report["status"],
-        "outputs": ", ".join(report["outputs"]) or "none yet, the parts of stage 1",
-        "engine": f"{report['engine']} on {report['device']}, {report['precision']}",
-        "set aside": ", ".join(f"{n:,} {why}" for why, n in report["quarantine_reasons"].items())
-        or "nothing",
-        "truncated pairs": report["truncated_pairs"],
-        "tokens": f"{report['tokens']:,} at {report['tokens_per_second'] or 0:,.0f}/s",
-        "padding share": f"{report['padding_share']:.2%}",
-        "seconds": _seconds(report["seconds"]),
-    }
+    if listwise:
+        names = ("depth", "window", "step", "prompt", "reasoning_tokens")
+        facts["listwise sha256"] = listwise["bundle_sha256"] or "not known on this machine"
+        facts["listwise"] = ", ".join(f"{name} {listwise[name]}" for name in names)
+    for stage, runtime in plan["runtime"].items():
+        if runtime:
+            known = (f"{name} {value}" for name, value in runtime.items() if value is not None)
+            facts[f"{stage} runtime"] = ", ".join(known)
+    return facts
+
+
+def _some(names: list[str]) -> str:
+    """The first of many."""
+    more = len(names) - PREVIEW
+    return ", ".join(names[:PREVIEW]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _reported(report: dict[str, Any]) -> dict[str, Any]:
+    """A report as far as its job got: one that failed early says little beside why."""
+    facts = {"status": f"{report['status']}, exit code {report['exit_code']}"}
+    if "phase" in report:
+        facts["ended in"] = f"the phase {report['phase']}"
+    for name, label in (("quarantine_reasons", "set aside"), ("skipped_reasons", "skipped")):
+        if name in report:
+            reasons = ", ".join(f"{count:,} {why}" for why, count in report[name].items())
+            facts[label] = reasons or "nothing"
+    if "engine" in report:
+        facts |= {
+            "outputs": _some(report["outputs"]) or "none yet, the parts of stage 1",
+            "engine": f"{report['engine']} on {report['device']}, {report['precision']}",
+            "truncated pairs": f"{report['truncated_pairs']:,}",
+            "tokens": f"{report['tokens']:,} at {report['tokens_per_second'] or 0:,.0f}/s",
+            "padding share": f"{report['padding_share']:.2%}",
+            "out of memory": f"{report['memory_backoffs']:,} batches halved",
+            "seconds": _seconds(report["seconds"]),
+        }
     if listwise := report.get("listwise"):
         facts |= listwise_facts(listwise)
         facts["listwise seconds"] = _seconds(listwise["seconds"])
-    return _facts(f"Output {path}", facts)
+    return facts
+
+
+def _seconds(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in seconds.items())

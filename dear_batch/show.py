@@ -111,7 +111,7 @@ def _print_for_people(table: Table) -> None:
 
 
 def run_summary(report: Mapping[str, Any], folder: str) -> None:
-    """What a job did, on stderr."""
+    """What a job did, on a terminal; elsewhere stderr is for lines of JSON."""
     outputs = ", ".join(report["outputs"][:3]) or "the parts of stage 1"
     table = Table(title=Text(f"{folder}: {outputs}"), show_header=False)
     queries, candidates = report["queries"], report["candidates"]
@@ -130,8 +130,13 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
     _print_for_people(table)
 
 
+def seconds_of(seconds: Mapping[str, float]) -> str:
+    """What took how long."""
+    return ", ".join(f"{name} {value:g}" for name, value in seconds.items())
+
+
 def estimate_table(found: Mapping[str, Any]) -> None:
-    """What a job will take, on stderr."""
+    """What a job will take, on a terminal."""
     table = Table(title=Text(f"{found['output']}: dry run"), show_header=False)
     for name in ("queries", "candidates"):
         counts = ", ".join(f"{count:,} {what}" for what, count in found[name].items())

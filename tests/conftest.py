@@ -5,6 +5,7 @@ Random weights with a wide spread, so that scores differ; text from the example 
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -197,3 +198,19 @@ def bundle(
         return bundle_from_checkpoint(Plan(spec), lambda _step: None).folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def generator(
+    bundle: Callable[..., Path],
+    checkpoint: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A tiny random causal LM with Llama 3's chat template and the three tokens that it needs."""
+    model = tmp_path_factory.mktemp("models") / "chat"
+    from tests.listwise.test_encoding import huggingface_tokenizer
+
+    sizes = {"max_position_embeddings": 2048, "vocab_size": 603}
+    shutil.copytree(checkpoint("llama31", causal=True, **sizes), model)
+    huggingface_tokenizer("llama31").save_pretrained(model)
+    return bundle("llama31", model=str(model))

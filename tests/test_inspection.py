@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,11 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from dear_batch import __version__
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import ConfigurationError, InputError
 from dear_batch.inspection import inspect_path
+from dear_batch.run import local
+from dear_batch.run.folder import locked
 from dear_batch.run.local import run_job
-from dear_batch.specs import InputSpec, JobSpec, OutputSpec, PointwiseSpec
+from dear_batch.specs import InputSpec, JobSpec, ListwiseSpec, OutputSpec, PointwiseSpec
+from tests.run.fake_ranker import install, listwise_bundle
+from tests.run.folders import Folder
 
 Make = Callable[..., Path]
 SCREEN = 60  # lines
@@ -103,7 +110,7 @@ def test_other_files_and_folders_are_refused(tmp_path: Path) -> None:
         inspect_path(tmp_path / "notes.txt")
 
 
-# Bundles and output folders.
+# Bundles.
 
 
 @pytest.mark.model
@@ -140,26 +147,150 @@ def test_a_bundle_of_another_schema_version_is_refused(tmp_path: Path) -> None:
         inspect_path(tmp_path)
 
 
-@pytest.mark.model
-def test_an_output_folder_is_shown_finished_or_not(bundle: Make, tmp_path: Path) -> None:
-    path = lists(tmp_path / "in.parquet")
-    spec = JobSpec(
-        InputSpec((str(path),)),
-        PointwiseSpec(str(bundle("llama31"))),
-        OutputSpec(str(tmp_path / "out")),
+# Output folders: of a job that is done, and of every other one.
+
+
+def job(bundle: Path, folder: Path, path: Path) -> JobSpec:
+    return JobSpec(
+        InputSpec((str(path),)), PointwiseSpec(str(bundle)), OutputSpec(str(folder / "out"))
     )
-    run_job(spec)
+
+
+@pytest.mark.model
+def test_a_finished_job_is_shown(bundle: Make, tmp_path: Path) -> None:
+    path = lists(tmp_path / "in.parquet")
+    run_job(job(bundle("llama31"), tmp_path, path))
     text = shown(tmp_path / "out")
     for expected in (
+        "done (too-many-bad)",
+        "too-many-bad, exit code 3",
+        "1 of 1 shards",
         str(path),
         "run.trec",
-        "onnxruntime",
-        "4 read, 2 written, 2 quarantined",
-        "empty_query",
+        "onnxruntime on cpu, fp32",
+        "4 read, 2 written, 2 quarantined, 0 skipped",
+        "1 empty_query",
+        "depth all, interpolate 1.0",
+        f"tool dear-batch {__version__}",
         open_bundle(bundle("llama31")).sha256,
+        "dear-batch verify",
+        "seconds",
     ):
         assert expected in text
-    (tmp_path / "out" / "report.json").unlink()
+
+
+@pytest.mark.model
+def test_a_job_of_two_stages_is_shown_between_them_and_after(
+    bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = install(monkeypatch)
+    spec = job(bundle("llama31"), tmp_path, lists(tmp_path / "in.parquet"))
+    generator = listwise_bundle(tmp_path / "listwise")
+    spec = replace(spec, listwise=ListwiseSpec(str(generator), depth=5, window=4))
+    run_job(spec, stage="pointwise")
     text = shown(tmp_path / "out")
-    assert "not finished" in text
-    assert "in.parquet" in text
+    for expected in (
+        "listwise-outstanding",
+        "0 of 1 shards",
+        "none yet, the parts of stage 1",
+        "depth 5, window 4, step 2, prompt readme",
+        open_bundle(generator).sha256,
+        "--stage listwise",
+    ):
+        assert expected in text
+    run_job(spec, stage="listwise")
+    text = shown(tmp_path / "out")
+    for expected in ("run.trec", "first 5 in windows of 4 by 2", "2: 1 ok, 1 kept"):
+        assert expected in text
+    assert fake.ranker.requests
+
+
+@pytest.mark.model
+def test_a_job_that_failed_is_shown_with_its_error(
+    bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lists(tmp_path / "in.parquet")
+    spec = job(bundle("llama31"), tmp_path, path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConfigurationError("No such engine.", where="engine", next_step="take the other")
+
+    monkeypatch.setattr(local, "open_scorer", refuse)
+    with pytest.raises(ConfigurationError):
+        run_job(spec)
+    text = shown(tmp_path / "out")
+    assert "failed" in text
+    for expected in ("No such engine.", "take the other", "the phase load", "exit code 78"):
+        assert expected in text
+
+
+def test_a_job_that_failed_before_it_had_a_plan_is_shown(tmp_path: Path) -> None:
+    spec = job(tmp_path / "no-bundle", tmp_path, tmp_path / "in.parquet")
+    with pytest.raises(ConfigurationError):
+        run_job(spec)
+    assert not (tmp_path / "out" / "plan.json").exists()
+    text = shown(tmp_path / "out")
+    for expected in ("failed", "is not a bundle", "the phase check", "exit code 78"):
+        assert expected in text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    made = Folder(tmp_path / "out")
+    made.plan()
+    plan = json.loads((made.path / "plan.json").read_text())
+    plan["job"] |= {"bundle_sha256": "0" * 64, "pointwise": {"depth": 100}}
+    (made.path / "plan.json").write_text(json.dumps(plan))
+    return made
+
+
+def test_a_job_that_was_killed_is_shown_as_far_as_it_got(folder: Folder) -> None:
+    folder.commit(0)
+    text = shown(folder.path)
+    for expected in ("stopped", "1 of 2 shards", "2 read, 2 written", "in.parquet"):
+        assert expected in text
+
+
+def test_a_job_that_runs_now_is_shown_without_the_report_of_an_earlier_attempt(
+    folder: Folder,
+) -> None:
+    folder.report("failed", exit_code=75, error={"what": "memory ran out"}, phase="load")
+    folder.path.joinpath("LOCK").unlink(missing_ok=True)
+    with locked(folder.path):
+        text = shown(folder.path)
+    for expected in ("running", f"held by pid {os.getpid()}", "0 of 2 shards"):
+        assert expected in text
+    assert "memory ran out" not in text
+    assert "exit code" not in text
+    assert "memory ran out" in shown(folder.path)
+
+
+def test_many_inputs_fit_on_a_screen(folder: Folder) -> None:
+    plan = json.loads((folder.path / "plan.json").read_text())
+    pin = plan["job"]["inputs"][0]
+    plan["job"]["inputs"] = [{**pin, "path": f"{i}.parquet"} for i in range(1200)]
+    plan["outputs"] = [{**plan["outputs"][0], "stem": f"{i}"} for i in range(1200)]
+    (folder.path / "plan.json").write_text(json.dumps(plan))
+    text = shown(folder.path)
+    assert "0.parquet, 1.parquet, 2.parquet and 1,197 more" in text
+    assert "0.trec, 1.trec, 2.trec and 1,197 more" in text
+    assert "4,800" in text  # rows
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema_version": 1, "inputs": []}'])
+def test_a_plan_of_something_else_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(InputError, match="no output of this version"):
+        inspect_path(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "report", [{}, {"status": "ok"}, {"status": "ok", "exit_code": 0, "engine": "x"}]
+)
+def test_a_report_of_something_else_is_refused(report: object, folder: Folder) -> None:
+    (folder.path / "report.json").write_text(json.dumps(report))
+    if not report:
+        assert "planned" in shown(folder.path)
+        return
+    with pytest.raises(InputError, match="not written by dear-batch"):
+        inspect_path(folder.path)

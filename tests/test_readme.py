@@ -2,7 +2,10 @@
 
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
+from pathlib import Path
 
 import click
 import pytest
@@ -12,9 +15,11 @@ from dear_batch.cli import main
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 PAGES = [
     README,
     *((ROOT / n / "README.md").read_text(encoding="utf-8") for n in ("export", "jobs")),
+    OPERATIONS,
 ]
 # A backslash at its end continues a command on the next line.
 LINES = [line.strip() for page in PAGES for line in page.replace("\\\n", "").splitlines()]
@@ -63,6 +68,29 @@ def test_the_cron_line_is_the_one_of_the_readme_in_spirit() -> None:
         (line,) = [x for x in text.splitlines() if x.strip().startswith("0 2 * * *")]
         assert "run jobs/nightly.toml --output" in line
         assert re.findall(r"(?<!\\)%", line) == []
+
+
+def test_the_units_of_systemd_are_valid(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    blocks = OPERATIONS[OPERATIONS.index("## systemd") :].split("# /etc/systemd/system/")[1:]
+    names = [tmp_path / block.splitlines()[0] for block in blocks]
+    for path, block in zip(names, blocks, strict=True):
+        lines = [x.removeprefix("    ") for x in block.splitlines()[1:] if x[:4] in ("    ", "")]
+        text = "\n".join(lines).replace("exec /srv/rerank/.venv/bin/dear-batch", "exec true")
+        path.write_text(text + "\n", encoding="utf-8")
+    found = subprocess.run(
+        ["systemd-analyze", "verify", *names], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_every_exit_code_is_explained() -> None:
+    """In the operators' page, in the jobs' README, and in the help of `run`."""
+    texts = [OPERATIONS, PAGES[2], CliRunner().invoke(main, ["run", "--help"]).output]
+    for code in (0, 1, 2, 3, 65, 73, 75, 77, 78, 99):
+        for text in texts:
+            assert re.search(rf"^[| ]+{code} [| ]", text, flags=re.MULTILINE), code
 
 
 def test_the_core_has_no_torch() -> None:

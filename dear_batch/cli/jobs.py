@@ -13,7 +13,7 @@ import click
 from dear_batch.cli.common import need
 from dear_batch.cli.partitioned import Ended, failed, run_partitions
 from dear_batch.errors import DearBatchError, InputError, UsageError
-from dear_batch.log import log_error, outcome
+from dear_batch.log import log, log_error, outcome
 
 if TYPE_CHECKING:
     from dear_batch.specs import JobSpec
@@ -237,7 +237,7 @@ def _matches_nothing(paths: tuple[str, ...]) -> bool:
 
 def _nothing(asked: Asked, why: str) -> Ended:
     code = int(asked.empty_exit or 0)
-    click.echo(why, err=True)
+    log("nothing-to-do", why=why)
     return Ended({"status": "nothing-to-do", "exit_code": code, "why": why}, code)
 
 

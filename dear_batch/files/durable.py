@@ -20,6 +20,8 @@ _UNWRITABLE = frozenset(
         errno.EDQUOT,
         errno.EFBIG,
         errno.EIO,
+        errno.EISDIR,
+        errno.ELOOP,  # a link in the place of a file of ours
         errno.ENAMETOOLONG,
         errno.ENOSPC,
         errno.EPERM,

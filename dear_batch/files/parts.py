@@ -62,7 +62,7 @@ def table_writer(
         pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as table,
     ):
         columns: list[list[Any]] = [[] for _ in schema.names]
-        texts = [i for i, name in enumerate(schema.names) if name == "text"]
+        texts = [i for i, name in enumerate(schema.names) if name in {"query", "title", "text"}]
         size = 0
 
         def flush() -> None:

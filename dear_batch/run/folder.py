@@ -78,21 +78,32 @@ def locked(folder: Path) -> Iterator[None]:
             valid="a folder that can be written to",
             next_step="choose another --output",
         ) from error
-    path = folder / LOCK
-    with writing(path):
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, flags, 0o666)
+    descriptor = _lock(folder)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _held(folder, os.read(descriptor, 1 << 12)) from None
-        with writing(path):
+        with writing(folder / LOCK):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _holder(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """The descriptor of LOCK, held; tried again where it was removed in that instant."""
+    path = folder / LOCK
+    while True:
+        with writing(path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+            os.close(descriptor)
+        except BlockingIOError:
+            holder = os.read(descriptor, 1 << 12)
+            os.close(descriptor)
+            raise _held(folder, holder) from None
 
 
 def _holder() -> bytes:
@@ -173,13 +184,14 @@ def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool
         both = {**found[name], **wanted[name]}
         where += [f"{name}.{k}" for k in both if found[name].get(k) != wanted[name].get(k)]
     other = f"choose another --output, or begin anew with --restart, which empties {folder}"
+    of_stage_two = all(n == "job.text_depth" or n.startswith("listwise") for n in where)
     raise OtherJobError(
         f"The output folder {folder} belongs to another job: its inputs, bundle or "
         "settings differ.",
         where=f"{folder / PLAN}: {', '.join(where)}",
         valid="a new folder for each job and night",
         next_step=f"--stage listwise, for another listwise stage over the same parts; or {other}"
-        if again and differing == ["listwise"]
+        if again and wanted.get("listwise") and of_stage_two
         else other,
     )
 

@@ -27,13 +27,12 @@ from dear_batch.run.folder import (
     locked,
     read_plan,
 )
-from dear_batch.run.ledger import FOLDERS, STAGES, Ledger, discard
+from dear_batch.run.ledger import FOLDERS, PART_NAME, STAGES, Ledger, discard
 from dear_batch.run.publish import QUARANTINE
 from dear_batch.run.published import holder, sealed_manifest
 
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{32}|[a-z0-9_]{8})\.tmp")
 # <shard>-<fingerprint>-<uuid>, as Ledger.new_file names them
-_PART = re.compile(r"\d{5}(-\d{12})?(-[0-9a-f]{12})?-[0-9a-f]{32}(\.[a-z]+)?\.parquet")
 _COMMIT = re.compile(r"\d{5}(-\d{12})?\.json")
 _AGE = re.compile(r"(\d+)([hdw])")
 _SECONDS = {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
@@ -98,6 +97,8 @@ def collect(
             yield Collected(str(folder), "held", why=error.where)
         except DearBatchError as error:
             yield Collected(str(folder), "failed", why=error.what)
+        except OSError as error:  # whatever it is, the other folders are not concerned
+            yield Collected(str(folder), "failed", why=str(error))
 
 
 def outputs(folders: Iterable[Path]) -> Iterator[Path]:
@@ -152,9 +153,8 @@ def _collect(folder: Path, *, whole: bool) -> Collected:
 def _targets(folder: Path, *, whole: bool) -> list[Path]:
     """What is to go, in this order."""
     if not whole:
-        orphans = dict.fromkeys(Ledger(folder).orphans())  # temporary files come twice
-        return [path for path in orphans if _is_ours(folder, path)]
-    stems = [output["stem"] for output in (sealed_manifest(folder) or {})["outputs"]]
+        return [path for path in Ledger(folder).orphans() if _is_ours(folder, path)]
+    stems = [output["stem"] for output in (read_plan(folder) or {"outputs": []})["outputs"]]
     names = [name for stem in stems for name in published_names(stem).values() if "/" not in name]
     files = [SUCCESS, MANIFEST, *names, QUARANTINE, REPORT, METRICS]
     found = [folder / name for name in files if _is_file(folder / name)]
@@ -182,7 +182,7 @@ def _is_ours(folder: Path, path: Path) -> bool:
         return False
     if place and place[0] == "commits":
         return bool(_COMMIT.fullmatch(path.name))
-    return bool(place) and place[0] in FOLDERS and bool(_PART.fullmatch(path.name))
+    return bool(place) and place[0] in FOLDERS and bool(PART_NAME.fullmatch(path.name))
 
 
 def _is_file(path: Path) -> bool:

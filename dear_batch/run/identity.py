@@ -49,7 +49,7 @@ def listwise_settings(spec: ListwiseSpec, bundle_sha256: str | None) -> Fields:
     The bundle has no hash where stage 1 runs alone on a machine that lacks it.
     """
     settings = asdict(spec)
-    del settings["max_failed_windows"]
+    del settings["max_failed_windows"], settings["bundle"]  # wherever it lies, its hash decides
     settings["step"] = spec.stride
     own = spec.prompt.endswith(".toml") and Path(spec.prompt).is_file()
     sha256 = hash_file(Path(spec.prompt)).sha256 if own else None

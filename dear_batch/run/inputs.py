@@ -56,6 +56,14 @@ def _footer_sha256(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
+def _footer_now(path: str) -> str | None:
+    """The hash of a footer; None where what lies at the end is no footer any more."""
+    try:
+        return _footer_sha256(path)
+    except OSError:
+        return None
+
+
 class Hashes:
     """The sha256 of each input, computed in the order in which a job reads them.
 
@@ -110,18 +118,9 @@ class Hashes:
         sha256 = hash_blocks(pin.path, self._check)
         if state[:2] != (pin.bytes, pin.mtime_ns):
             raise changed(pin.path, "its size or time differs from the plan")
-        shard, fields = f"{number:05d}", {"path": pin.path, "sha256": sha256}
-        if (known := self._ledger.found("input", shard)) is None:
-            known = self._ledger.commit(
-                "input",
-                shard,
-                fingerprint=pin.footer_sha256,
-                input_sha256=sha256,
-                files={},
-                counts=fields,
-            )
-        if known.input_sha256 != sha256:
-            raise changed(pin.path, "its sha256 differs from that of an earlier attempt")
+        if _footer_now(pin.path) != pin.footer_sha256:
+            raise changed(pin.path, "its footer differs from the plan")
+        record(self._ledger, number, pin, sha256)
         return sha256, state
 
     def _check_again(self, number: int, sha256: str) -> None:
@@ -183,6 +182,24 @@ def _unreadable(path: str, error: OSError) -> InputError:
 def joined(found: Sequence[str]) -> str:
     """One hash for several."""
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def record(ledger: Ledger, number: int, pin: Pin, sha256: str) -> None:
+    """Note the hash of an input, or see that it is the one that an earlier attempt noted.
+
+    Raises:
+        InputError: it is not.
+    """
+    known = ledger.found("input", f"{number:05d}") or ledger.commit(
+        "input",
+        f"{number:05d}",
+        fingerprint=pin.footer_sha256,
+        input_sha256=sha256,
+        files={},
+        counts={"path": pin.path, "sha256": sha256},
+    )
+    if known.input_sha256 != sha256:
+        raise changed(pin.path, "its sha256 differs from that of an earlier attempt")
 
 
 def recorded(ledger: Ledger, number: int) -> str | None:

@@ -5,6 +5,7 @@ link that never replaces, names them with size and hash. Knows nothing of what a
 """
 
 import json
+import re
 import shutil
 import stat
 import uuid
@@ -22,6 +23,7 @@ from dear_batch.files.durable import linking, make_folder, remove
 SCHEMA_VERSION = 1
 STAGES = ("input", "regroup", "pointwise", "listwise")
 FOLDERS = ("parts", "quarantine")
+PART_NAME = re.compile(r"\d{5}(-\d{12})?(-[0-9a-f]{12})?-[0-9a-f]{32}(\.[a-z]+)?\.parquet")
 Counts = Mapping[str, Any]
 
 
@@ -140,11 +142,11 @@ class Ledger:
         return True
 
     def orphans(self) -> Iterator[Path]:
-        """Files in our folders that no commit names, and temporary files; the lock is held."""
+        """Files of ours that no commit names, and temporary files; the lock is held."""
         named = {part.name for commit in self._all() for part in commit.files.values()}
         for place in FOLDERS:
-            for path in sorted((self.folder / place).glob("*")):
-                if f"{place}/{path.name}" not in named:
+            for path in sorted((self.folder / place).glob("[!.]*.parquet")):
+                if PART_NAME.fullmatch(path.name) and f"{place}/{path.name}" not in named:
                     yield path
         yield from temporaries(self.folder)
 

@@ -19,7 +19,7 @@ from dear_batch.files.parts import RERANKED_SCHEMA, list_size, part_writer, read
 from dear_batch.files.results import transcript_writer
 from dear_batch.listwise.preflight import check_listwise
 from dear_batch.run.ledger import Commit, Ledger
-from dear_batch.run.planning import PlannedOutput
+from dear_batch.run.planning import PlannedOutput, second_stage
 from dear_batch.run.pointwise import Poison
 from dear_batch.run.report import ListwiseTally
 from dear_batch.run.watch import Watch
@@ -29,7 +29,6 @@ from dear_batch.specs import ListwiseSpec
 STAGE = "listwise"
 NEEDED = ("torch", "transformers")
 WAVE_BYTES = 32 << 20  # of lists in memory, however many a model would take
-LEAST_QUERIES = 128  # of a shard: what a GPU takes at once
 NOTHING: frozenset[int] = frozenset()
 
 
@@ -74,12 +73,10 @@ def groups_of(
     outputs: Sequence[PlannedOutput], commits: Mapping[str, Commit], ledger: Ledger
 ) -> list[list[Group]]:
     """The shards of stage 2, output by output, from the commits of stage 1 by shard."""
-    found = []
-    for output in outputs:
-        shards = output.shards
-        together = grouped(shards, lambda s: s.n_queries, most=len(shards), limit=LEAST_QUERIES)
-        found.append([_group([commits[s.key] for s in some], ledger) for some in together])
-    return found
+    return [
+        [_group([commits[s.key] for s in some], ledger) for some in second_stage(output)]
+        for output in outputs
+    ]
 
 
 def _group(commits: Sequence[Commit], ledger: Ledger) -> Group:

@@ -183,7 +183,7 @@ class Job:
     ) -> tuple[Fields, Commits]:
         """Score what is not committed; whatever would refuse stage 2 refuses before."""
         execution = self.spec.execution
-        if self.spec.listwise and (self.stage == "all" or Path(self.spec.listwise.bundle).is_dir()):
+        if self.spec.listwise and self.stage == "all":
             listwise.prepare(self.spec.listwise, execution.device, paranoid=execution.paranoid)
         if len(commits) == n_shards(fields):
             return fields, commits

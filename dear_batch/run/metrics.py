@@ -13,7 +13,9 @@ from typing import Any
 from dear_batch.files.durable import replacing
 from dear_batch.run.folder import METRICS
 
-_LAST = re.compile(r"^dear_batch_last_success_timestamp_seconds (\S+)$", re.MULTILINE)
+_LAST = re.compile(
+    r"^dear_batch_last_success_timestamp_seconds (\d+(?:\.\d+)?)$", re.MULTILINE | re.ASCII
+)
 HELP = {
     "last_run_timestamp_seconds": "When the last run of this folder ended.",
     "last_success_timestamp_seconds": "When the last run that published ended.",

@@ -54,6 +54,7 @@ def report(
         figures = listwise_figures(commit.counts for commit in second)
         figures["seconds"]["load"] = round(clock.seconds.get("load listwise", 0.0), 3)
         found["listwise"] = {
+            "bundle": spec.listwise.bundle,
             **fields["listwise"],
             "max_failed_windows": str(spec.listwise.max_failed_windows),
             "device": fields["runtime"]["listwise"]["device"],
@@ -136,6 +137,11 @@ def record(folder: Path, found: Fields) -> None:
     if found["tokens_per_second"] and shards["kept"] < shards["done"]:
         rate = found["tokens_per_second"]
         remember(found["bundle_sha256"], found["engine"], found["device"], rate)
+    listwise = found.get("listwise")
+    shards = found["shards"].get("listwise", shards)
+    if listwise and listwise["seconds"].get("rank") and shards["kept"] < shards["done"]:
+        rate = listwise["prompt_tokens"] / listwise["seconds"]["rank"]
+        remember(listwise["bundle_sha256"], "torch", listwise["device"], rate)
 
 
 def again(spec: JobSpec, folder: Path) -> Fields:

@@ -4,7 +4,7 @@
 taken as it stands, so that a restart does not read the inputs again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import ConfigurationError
 from dear_batch.files.durable import scratch_folder
-from dear_batch.files.parquet import InputFile, open_input
+from dear_batch.files.parquet import InputFile, grouped, open_input
 from dear_batch.files.regroup import regroup
 from dear_batch.run.folder import PLAN, SCHEMA_VERSION, read_plan, refuse_other_job
 from dear_batch.run.identity import digest, job_fields, listwise_settings
-from dear_batch.run.inputs import Pin, hash_blocks, joined, recorded_of_source
+from dear_batch.run.inputs import Pin, hash_blocks, joined, record, recorded_of_source
 from dear_batch.run.ledger import Ledger
 from dear_batch.run.plan import (
     Plan,
@@ -30,6 +30,7 @@ from dear_batch.run.plan import (
 from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec, ListwiseSpec
 
+LEAST_QUERIES = 128  # of a shard of the second stage: what a GPU takes at once
 Fields = dict[str, Any]
 
 
@@ -71,19 +72,20 @@ def wanted_now(spec: JobSpec, stage: str, folder: Path) -> Wanted:
         ConfigurationError: a bundle is not one, or not of its task, or there is no first
             stage for a second one alone.
     """
-    sha256 = open_bundle(spec.pointwise.bundle, task="pointwise", verify=False).sha256
     if stage == "listwise" and spec.listwise:
         found = read_plan(folder)
         if found is None or found["listwise"] is None:
             raise no_stage_one(folder)
         depth = _depth_within(found["job"]["text_depth"], spec.listwise, folder)
         pins, files = _pins_left(spec, found)
+        sha256 = open_bundle(spec.pointwise.bundle, task="pointwise", verify=False).sha256
         settings = _settings(spec.listwise, stage)
         return Wanted(
             {**job_fields(spec, pins, sha256), "text_depth": depth}, settings, pins, files
         )
     files = open_inputs(spec)
     pins = tuple(map(Pin.of, files))
+    sha256 = open_bundle(spec.pointwise.bundle, task="pointwise", verify=False).sha256
     listwise = _settings(spec.listwise, stage) if spec.listwise else None
     return Wanted(job_fields(spec, pins, sha256), listwise, pins, files)
 
@@ -191,12 +193,14 @@ class _Regrouped:
             return self.ledger.path_of(kept.files["part"])
         out = self.ledger.new_file("parts", shard, fingerprint, ".regrouped")
         regroup(paths, out, beat=self.watch.check)
-        sha256 = joined([hash_blocks(path, self.watch.check) for path in paths])
+        found = [hash_blocks(path, self.watch.check) for path in paths]
+        for n, sha256 in zip(numbers, found, strict=True):
+            record(self.ledger, n, self.wanted.pins[n], sha256)
         made = self.ledger.commit(
             "regroup",
             shard,
             fingerprint=fingerprint,
-            input_sha256=sha256,
+            input_sha256=joined(found),
             files={"part": out},
             counts={},
         )
@@ -216,6 +220,12 @@ def outline(fields: Fields) -> list[PlannedOutput]:
         )
         for output in fields["outputs"]
     ]
+
+
+def second_stage(output: PlannedOutput) -> Iterator[list[PlannedShard]]:
+    """The shards of a second stage: those of the first, several together where they are small."""
+    shards = output.shards
+    return grouped(shards, lambda s: s.n_queries, most=len(shards), limit=LEAST_QUERIES)
 
 
 def with_runtime(fields: Fields, stage: str, runtime: Fields, before: str = "") -> Fields:

@@ -67,6 +67,7 @@ class Stage:
             advance = partial(self._advance, total, done)
             commits.append(self._shard(source, shard, items, advance))
             done += shard.n_queries
+            self.watch.advance(STAGE, done, total)  # what was set aside is done, too
         return commits
 
     def _shards(self, todo: Sequence[Todo]) -> Iterator[tuple[Source, Shard, Iterator[Read]]]:

@@ -25,7 +25,7 @@ from dear_batch.files.results import (
     merge_tables,
     published_names,
 )
-from dear_batch.run.folder import MANIFEST, PLAN, REPORT, SUCCESS, read_json, write_json
+from dear_batch.run.folder import MANIFEST, REPORT, SUCCESS, read_json, write_json
 from dear_batch.run.ledger import Commit, Ledger
 
 SCHEMA_VERSION = 1
@@ -135,7 +135,7 @@ def publish(
         for path in temporary:
             path.unlink(missing_ok=True)
     write_json(folder / REPORT, dict(report))
-    _conclude(folder, [*staged.files, PLAN, REPORT], manifest)
+    _conclude(folder, [*staged.files, REPORT], manifest)
 
 
 def _merge(staged: _Staged, output: Finished, tag: str) -> None:
@@ -159,7 +159,7 @@ def _retract(folder: Path, names: set[str]) -> None:
     remove(folder / SUCCESS)
     remove(folder / MANIFEST)
     for name in old["files"]:
-        if name not in {*names, PLAN} and "/" not in name:
+        if name not in names and "/" not in name:
             remove(folder / name)
 
 

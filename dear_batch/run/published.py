@@ -64,7 +64,9 @@ def sealed_manifest(folder: Path) -> Fields | None:
             where=str(folder / SUCCESS),
             valid="the sha256 of the manifest",
         )
-    fields: Fields = json.loads(raw)
+    fields = _said(raw)
+    if not fields:
+        raise TrustError(f"{MANIFEST} is no JSON object.", where=str(folder / MANIFEST))
     return fields
 
 
@@ -105,9 +107,10 @@ def holder(folder: Path) -> Holder | None:
 
 
 def _said(raw: bytes) -> Fields:
+    """The object in a JSON file, empty where it holds none: LOCK until its holder has written."""
     try:
         fields = json.loads(raw)
-    except ValueError:  # empty until its holder has written into it
+    except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}
 

@@ -1,17 +1,15 @@
 """How far a job in an output folder is, from its files alone; takes no lock, changes nothing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from dear_batch.errors import InputError, TrustError, UsageError
-from dear_batch.files.parquet import grouped
 from dear_batch.run.folder import LOCK, MANIFEST, PLAN, REPORT, SUCCESS, read_json, read_plan
 from dear_batch.run.ledger import Commit
-from dear_batch.run.listwise import LEAST_QUERIES
-from dear_batch.run.planning import PlannedOutput, outline
+from dear_batch.run.planning import outline, second_stage
 from dear_batch.run.published import Holder, commits, holder, sealed_manifest
 from dear_batch.run.report import FAILED, OUTSTANDING, STOPPED, pointwise_figures
 
@@ -147,15 +145,8 @@ def _keys(plan: Fields | None) -> dict[str, list[str]]:
     outputs = outline(plan)
     keys = {"pointwise": [shard.key for output in outputs for shard in output.shards]}
     if plan["listwise"]:
-        keys["listwise"] = [key for output in outputs for key in _listwise_keys(output)]
+        keys["listwise"] = [some[0].key for output in outputs for some in second_stage(output)]
     return keys
-
-
-def _listwise_keys(output: PlannedOutput) -> Iterator[str]:
-    """The second stage takes several small shards of the first together."""
-    shards = output.shards
-    together = grouped(shards, lambda s: s.n_queries, most=len(shards), limit=LEAST_QUERIES)
-    yield from (some[0].key for some in together)
 
 
 def _updated(folder: Path) -> str | None:

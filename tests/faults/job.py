@@ -18,7 +18,7 @@ import pytest
 
 from dear_batch.errors import DearBatchError
 from dear_batch.pointwise import onnx_scorer
-from dear_batch.run import listwise, plan
+from dear_batch.run import plan, planning
 from dear_batch.run.local import run_job
 from dear_batch.run.watch import Watch
 from dear_batch.spec_files import spec_from_dict
@@ -33,7 +33,7 @@ CALLS = ("fsync", "replace", "rename", "link", "unlink", "mkdir")
 def run(settings: dict[str, Any], folder: Path, watch: Watch | None = None) -> dict[str, Any]:
     """The report of the job, or its error, in this process."""
     plan.LEAST_SHARD_BYTES = plan.SHARD_BYTES = settings["shard_bytes"]
-    listwise.LEAST_QUERIES = settings["least_queries"]
+    planning.LEAST_QUERIES = settings["least_queries"]
     install(pytest.MonkeyPatch())
     fields = {**settings["spec"], "output": {**settings["spec"]["output"], "folder": str(folder)}}
     try:

@@ -218,6 +218,42 @@ def test_a_child_that_is_killed_is_started_again(command: Command) -> None:
     assert command.published("out") == command.published("whole")
 
 
+@pytest.mark.slow
+def test_a_query_that_kills_the_second_stage_keeps_its_order(
+    command: Command, rows: list[Row], generator: Path
+) -> None:
+    rows = [{**row, "query": row["query"]} for row in rows]
+    rows[5]["query"] = f"zebrafish {rows[5]['query']}"
+    nested(command.input, rows)
+    command.run("first")
+    stage_two = ("--listwise", str(generator), "--listwise-depth", "6", "--window", "4")
+    outcome = command.run("out", *stage_two, kind="queries", word="zebrafish")
+    assert (outcome["exit_code"], outcome["status"]) == (3, "too-many-failed-windows")
+    assert outcome["listwise"]["windows"]["failed"] == 2
+    table = pq.read_table(command.folder / "out/transcripts.parquet").to_pylist()
+    failed = [row for row in table if row["status"] == "failed"]
+    assert {row["qid"] for row in failed} == {rows[5]["qid"]}
+    one, two = (order(command.folder / name / "run.trec") for name in ("first", "out"))
+    assert two[rows[5]["qid"]] == one[rows[5]["qid"]]
+    assert two != one
+
+
+@pytest.mark.slow
+def test_a_job_of_two_real_models_is_killed_everywhere(command: Command, generator: Path) -> None:
+    """kill -9 of parent or child, at random moments of the real command, until it is done."""
+    options = ("--listwise", str(generator), "--listwise-depth", "6", "--window", "4")
+    start = time.monotonic()
+    command.run("whole", *options)
+    seconds, chance = time.monotonic() - start, random.Random(11)
+    for number in range(20):
+        process = command.start(f"out-{number}", *options)
+        time.sleep(chance.uniform(0.3, seconds))
+        process.kill()
+        process.communicate()
+        assert command.run(f"out-{number}", *options)["exit_code"] == 0
+        assert command.published(f"out-{number}") == command.published("whole")
+
+
 @pytest.mark.parametrize("rename", [False, True])
 def test_an_input_that_is_swapped_meanwhile_ends_with_65(
     command: Command, rows: list[Row], rename: bool

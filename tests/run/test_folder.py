@@ -1,26 +1,37 @@
-"""Whose output folder it is; no model loads."""
+"""Whose output folder it is, who works in it, and whether it is done; no model loads."""
 
+import fcntl
 import hashlib
 import json
 import os
-from dataclasses import replace
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dear_batch.errors import ConfigurationError, InputError, OutputError
-from dear_batch.run import plan
+from dear_batch.errors import ConfigurationError, OutputError, TryAgainError
 from dear_batch.run.folder import (
+    SCHEMA_VERSION,
+    OtherJobError,
     check_folder,
-    claim_folder,
-    listwise_settings,
-    plan_listwise,
-    replan,
+    clear,
+    finished,
+    locked,
+    read_json,
+    read_plan,
+    refuse_other_job,
+    write_json,
 )
-from dear_batch.run.plan import plan_job
-from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec
-from tests.run.test_plan import job, nested
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# Folders that are ours.
 
 
 def test_new_and_empty_folders_are_taken(tmp_path: Path) -> None:
@@ -39,233 +50,250 @@ def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
     assert caught.value.next_step
 
 
-def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
+def test_what_a_run_without_a_plan_left_is_ours(tmp_path: Path) -> None:
+    for name in ("LOCK", "report.json", "metrics.prom", ".plan.json.0123.tmp"):
+        (tmp_path / name).touch()
+    for name in ("parts", "commits", ".plan.x.tmp"):
+        (tmp_path / name).mkdir()
+    check_folder(tmp_path)
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(OutputError, match="not ours") as caught:
+        check_folder(tmp_path)
+    assert caught.value.where == "manifest.json"
+
+
+def test_a_folder_with_a_plan_is_ours_whatever_else_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").touch()
+    (tmp_path / "notes.txt").touch()
+    check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing"])
+def test_what_is_no_folder_is_refused(kind: str, tmp_path: Path) -> None:
+    if kind == "file":
+        (tmp_path / "out").touch()
+    else:
+        (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OutputError, match="is not a folder") as caught:
         check_folder(tmp_path / "out")
     assert caught.value.exit_code == 73
 
 
-def claim(tmp_path: Path, spec: JobSpec, bundle_sha256: str = "0" * 64) -> None:
-    claim_folder(tmp_path / "out", plan_job(spec, tmp_path), spec, bundle_sha256)
-
-
-def test_the_same_job_may_come_again(tmp_path: Path) -> None:
-    spec = job(nested(tmp_path / "in.parquet", ["a"]), folder=str(tmp_path / "out"))
-    claim(tmp_path, spec)
-    written = (tmp_path / "out" / "plan.json").read_bytes()
-    (tmp_path / "out" / "run.trec").touch()
-    check_folder(tmp_path / "out")
-    claim(tmp_path, spec)
-    assert (tmp_path / "out" / "plan.json").read_bytes() == written
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"plan.json", "run.trec"}
-
-
-def test_the_plan_says_what_decides_the_output(tmp_path: Path) -> None:
-    path = nested(tmp_path / "in.parquet", ["a", "b"])
-    claim(tmp_path, job(path, folder=str(tmp_path / "out")))
-    fields = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert fields["schema_version"] == 1
-    assert fields["bundle_sha256"] == "0" * 64
-    assert fields["spec"]["pointwise"]["bundle"] == "bundle"
-    (described,) = fields["inputs"]
-    assert (described["path"], described["rows"]) == (path, 2)
-    assert described["bytes"] == Path(path).stat().st_size
-    (output,) = fields["outputs"]
-    assert (output["stem"], output["queries"], output["regrouped"]) == ("run", 2, False)
-    assert len(output["shards"]) == 1
-
-
-@pytest.mark.parametrize("changed", ["bundle", "setting", "rows", "mtime", "shards", "garbage"])
-def test_another_jobs_folder_is_refused(
-    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = nested(tmp_path / "in.parquet", ["a", "b"])
-    out = str(tmp_path / "out")
-    claim(tmp_path, job(path, folder=out))
-    spec, sha256, plan_json = job(path, folder=out), "0" * 64, tmp_path / "out" / "plan.json"
-    match changed:
-        case "bundle":
-            sha256 = "1" * 64
-        case "setting":
-            spec = job(path, folder=out, interpolate=0.5)
-        case "rows":
-            nested(Path(path), ["a", "b", "c"])
-        case "mtime":
-            os.utime(path, (1, 1))
-        case "shards":
-            monkeypatch.setattr(plan, "SHARD_BYTES", 1)
-        case "garbage":
-            plan_json.write_text("[1")
-    before = plan_json.read_bytes()
-    with pytest.raises(ConfigurationError, match="another job") as caught:
-        claim(tmp_path, spec, sha256)
-    assert caught.value.exit_code == 78
-    assert "out" in caught.value.next_step
-    assert plan_json.read_bytes() == before
-
-
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file/out", "n" * 300])
+def test_a_folder_that_cannot_be_made_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError) as caught:
-        check_folder(tmp_path / "file" / "out")
+    with pytest.raises(OutputError, match="cannot be made") as caught:
+        check_folder(tmp_path / name)
     assert caught.value.exit_code == 73
 
 
-# The listwise stage of a plan.
-
-LISTWISE = ListwiseSpec("listwise-bundle")
+# The lock.
 
 
-def plan_of(tmp_path: Path) -> dict[str, Any]:
-    fields = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert isinstance(fields, dict)
-    return fields
+def test_the_lock_says_who_holds_it_and_stays(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with locked(out):
+        holder = json.loads((out / "LOCK").read_text())
+        assert set(holder) == {"host", "pid", "start"}
+        assert holder["pid"] == os.getpid()
+    inode = (out / "LOCK").stat().st_ino
+    (out / "LOCK").write_text("x" * 500)  # of a longer host name
+    with locked(out):
+        assert json.loads((out / "LOCK").read_text())["pid"] == os.getpid()
+    assert (out / "LOCK").stat().st_ino == inode
+    assert names(out) == {"LOCK"}
 
 
-def claim_two(tmp_path: Path, spec: JobSpec, listwise: ListwiseSpec = LISTWISE) -> None:
-    settings = listwise_settings(listwise, "2" * 64)
-    planned = plan_job(spec, tmp_path)
-    claim_folder(tmp_path / "out", planned, spec, "0" * 64, settings)
+HOLD = """
+import pathlib, sys, time
+from dear_batch.run.folder import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
-def go_on(
-    tmp_path: Path, spec: JobSpec, listwise: ListwiseSpec = LISTWISE, *, may_differ: bool = True
+def test_another_process_keeps_us_out_until_it_dies(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        held = (out / "LOCK").read_text()
+        with pytest.raises(TryAgainError, match="Another run") as caught, locked(out):
+            pass
+        assert caught.value.exit_code == 75
+        assert f'"pid": {other.pid}' in caught.value.where
+        assert (out / "LOCK").read_text() == held
+        other.send_signal(signal.SIGKILL)
+    with locked(out):
+        assert f'"pid": {os.getpid()}' in (out / "LOCK").read_text()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "LOCK").symlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError, match="LOCK"), locked(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_failure_inside_frees_the_lock(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), locked(tmp_path / "out"):
+        raise KeyError
+    with (tmp_path / "out" / "LOCK").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# JSON files.
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "null", "\udc80"])
+def test_what_is_no_json_object_is_nothing(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    assert read_json(path) is None
+    assert read_plan(tmp_path) is None
+    assert read_json(tmp_path / "missing.json") is None
+
+
+def test_a_plan_is_one_of_this_version(tmp_path: Path) -> None:
+    plan = {"schema_version": SCHEMA_VERSION, "job": {"name": "søk"}}
+    write_json(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path) == plan
+    assert names(tmp_path) == {"plan.json"}
+    write_json(tmp_path / "plan.json", {**plan, "schema_version": 1})
+    assert read_plan(tmp_path) is None
+
+
+# Done or not.
+
+
+def publish_by_hand(folder: Path) -> dict[str, Any]:
+    (folder / "run.trec").write_text("line\n")
+    manifest = {"files": {"run.trec": {"bytes": 5, "sha256": "0" * 64}}, "job": {}}
+    write_json(folder / "manifest.json", manifest)
+    sha256 = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    (folder / "_SUCCESS").write_text(sha256 + "\n")
+    return manifest
+
+
+def test_a_folder_is_done_when_its_manifest_says_so(tmp_path: Path) -> None:
+    assert finished(tmp_path) is None
+    manifest = publish_by_hand(tmp_path)
+    assert finished(tmp_path) == manifest
+
+
+@pytest.mark.parametrize(
+    "fault", ["no success", "no manifest", "changed manifest", "no file", "longer file", "binary"]
+)
+def test_a_folder_is_not_done_where_anything_is_missing(fault: str, tmp_path: Path) -> None:
+    publish_by_hand(tmp_path)
+    match fault:
+        case "no success":
+            (tmp_path / "_SUCCESS").unlink()
+        case "no manifest":
+            (tmp_path / "manifest.json").unlink()
+        case "changed manifest":
+            (tmp_path / "manifest.json").write_text("{}")
+        case "no file":
+            (tmp_path / "run.trec").unlink()
+        case "longer file":
+            (tmp_path / "run.trec").write_text("line\n\n")
+        case "binary":
+            (tmp_path / "_SUCCESS").write_bytes(b"\xff\xfe")
+    assert finished(tmp_path) is None
+
+
+# Another job's folder.
+
+JOB = {"bundle_sha256": "0", "inputs": [{"path": "a", "bytes": 1}], "pointwise": {"depth": 3}}
+
+
+def test_the_same_job_is_let_in(tmp_path: Path) -> None:
+    found = {"job": JOB, "listwise": None, "more": 1}
+    refuse_other_job(tmp_path, found, {"job": {**JOB}, "listwise": None})
+    refuse_other_job(tmp_path, {"job": {"depth": [1, 2]}}, {"job": {"depth": (1, 2)}})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "where"),
+    [
+        ({"job": {**JOB, "bundle_sha256": "1"}}, "job.bundle_sha256"),
+        ({"job": {**JOB, "pointwise": {}, "inputs": []}}, "job.inputs, job.pointwise"),
+        ({"job": {**JOB, "new": 1}}, "job.new"),
+        ({"job": JOB, "listwise": {"depth": 3}}, "listwise"),
+        ({"runtime": {"engine": "torch"}}, "runtime"),
+    ],
+)
+def test_another_job_is_refused_by_what_differs(
+    wanted: dict[str, Any], where: str, tmp_path: Path
 ) -> None:
-    out, settings = tmp_path / "out", listwise_settings(listwise, "2" * 64)
-    replan(out, plan_listwise(out, spec, settings, may_differ=may_differ))
-
-
-@pytest.fixture
-def planned(tmp_path: Path) -> JobSpec:
-    spec = job(nested(tmp_path / "in.parquet", ["a"]), folder=str(tmp_path / "out"))
-    claim_two(tmp_path, spec)
-    return spec
-
-
-def test_a_plan_pins_the_listwise_stage(tmp_path: Path) -> None:
-    prompt = tmp_path / "mine.toml"
-    prompt.write_text("one")
-    spec = job(nested(tmp_path / "in.parquet", ["a"]), folder=str(tmp_path / "out"))
-    claim_two(tmp_path, spec, replace(LISTWISE, prompt=str(prompt), max_failed_windows="5%"))
-    pinned = plan_of(tmp_path)["listwise"]
-    assert (pinned["bundle"], pinned["bundle_sha256"]) == ("listwise-bundle", "2" * 64)
-    assert (pinned["depth"], pinned["window"], pinned["step"]) == (30, 20, 10)
-    assert pinned["prompt_file_sha256"] == hashlib.sha256(b"one").hexdigest()
-    # How much may fail decides the exit code, not the order.
-    claim_two(tmp_path, spec, replace(LISTWISE, prompt=str(prompt), max_failed_windows=7))
-    prompt.write_text("two")
-    with pytest.raises(ConfigurationError, match="another job") as caught:
-        claim_two(tmp_path, spec, replace(LISTWISE, prompt=str(prompt)))
-    assert caught.value.where.endswith("plan.json: listwise")
-
-
-def test_another_listwise_stage_is_pointed_to_its_own_run(tmp_path: Path, planned: JobSpec) -> None:
-    with pytest.raises(ConfigurationError, match="another job") as caught:
-        claim_two(tmp_path, planned, replace(LISTWISE, depth=20))
-    assert "--stage listwise" in caught.value.next_step
-    with pytest.raises(ConfigurationError, match="another job") as caught:
-        claim(tmp_path, planned)  # the same without a listwise stage
+    found = {"job": JOB, "listwise": None}
+    with pytest.raises(OtherJobError, match="another job") as caught:
+        refuse_other_job(tmp_path, found, wanted)
+    assert isinstance(caught.value, ConfigurationError)
+    assert caught.value.exit_code == 78
+    assert caught.value.where == f"{tmp_path / 'plan.json'}: {where}"
+    assert "--restart" in caught.value.next_step
     assert "--stage" not in caught.value.next_step
 
 
-def test_the_same_listwise_stage_leaves_its_plan(tmp_path: Path, planned: JobSpec) -> None:
-    before = (tmp_path / "out" / "plan.json").stat()
-    go_on(tmp_path, planned, may_differ=False)
-    assert (tmp_path / "out" / "plan.json").stat() == before
+def test_another_listwise_stage_is_pointed_to_its_own_run(tmp_path: Path) -> None:
+    found = {"job": JOB, "listwise": {"depth": 30}}
+    for wanted, offered in (
+        ({"job": JOB, "listwise": {"depth": 20}}, True),
+        ({"job": {**JOB, "pointwise": {}}, "listwise": {"depth": 20}}, False),
+    ):
+        with pytest.raises(OtherJobError) as caught:
+            refuse_other_job(tmp_path, found, wanted, again=True)
+        assert ("--stage listwise" in caught.value.next_step) == offered
 
 
-def test_another_listwise_stage_takes_its_place_in_the_plan(
-    tmp_path: Path, planned: JobSpec
-) -> None:
-    before = plan_of(tmp_path)
-    go_on(tmp_path, planned, replace(LISTWISE, depth=20))
-    after = plan_of(tmp_path)
-    assert (before.pop("listwise")["depth"], after.pop("listwise")["depth"]) == (30, 20)
-    assert after == before
-    with pytest.raises(ConfigurationError, match="another job"):
-        go_on(tmp_path, planned, may_differ=False)
+# Beginning anew.
 
 
-@pytest.mark.parametrize("changed", ["input", "inputs", "setting", "tool"])
-def test_stage_two_needs_a_stage_one_of_this_job(
-    changed: str, tmp_path: Path, planned: JobSpec
-) -> None:
-    spec, where = planned, "inputs"
-    match changed:
-        case "input":
-            os.utime(tmp_path / "in.parquet", (1, 1))
-        case "inputs":
-            more = nested(tmp_path / "more.parquet", ["b"])
-            spec = job(*planned.input.paths, more, folder=planned.output.folder)
-        case "setting":
-            spec, where = job(*planned.input.paths, folder=planned.output.folder), "spec"
-            spec = replace(spec, pointwise=replace(spec.pointwise, depth=5))
-        case "tool":
-            fields = {**plan_of(tmp_path), "tool": "dear-batch 0.0.1"}
-            (tmp_path / "out" / "plan.json").write_text(json.dumps(fields))
-            where = "tool"
-    before = plan_of(tmp_path)
-    with pytest.raises(ConfigurationError, match="another job") as caught:
-        go_on(tmp_path, spec)
-    assert caught.value.where.endswith(f"plan.json: {where}")
-    assert plan_of(tmp_path) == before
+def test_clearing_takes_our_files_and_leaves_the_rest(tmp_path: Path) -> None:
+    publish_by_hand(tmp_path)
+    ours = ["plan.json", "report.json", "parts/a.parquet", "parts/.a.parquet.1.tmp"]
+    ours += ["commits/pointwise/a.json", "quarantine/a.parquet"]
+    theirs = ["LOCK", "notes.txt", "parts/notes.txt", "monday.trec"]
+    for name in ours + theirs:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    clear(tmp_path, ["run.trec", "results.parquet"])
+    left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == set(theirs)
 
 
-@pytest.mark.parametrize("pattern", ["in.parquet", "i*.parquet"])
-def test_stage_two_may_run_where_the_inputs_are_not(pattern: str, tmp_path: Path) -> None:
-    nested(tmp_path / "in.parquet", ["a"])
-    spec = job(str(tmp_path / pattern), folder=str(tmp_path / "out"))
-    claim_two(tmp_path, spec)
-    (tmp_path / "in.parquet").unlink()
-    before = plan_of(tmp_path)
-    go_on(tmp_path, spec)
-    assert plan_of(tmp_path) == before
-    with pytest.raises(InputError) as caught:
-        go_on(tmp_path, spec, may_differ=False)
-    assert caught.value.exit_code == 65
+def test_clearing_follows_no_links(tmp_path: Path) -> None:
+    """Nor where a folder of ours is one."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "data.parquet").touch()
+    out = tmp_path / "out"
+    (out / "commits").mkdir(parents=True)
+    (out / "parts").symlink_to(precious)
+    (out / "commits" / "pointwise").symlink_to(precious)
+    (out / "run.trec").symlink_to(precious / "data.parquet")
+    clear(out, ["run.trec"])
+    assert names(precious) == {"data.parquet"}
+    assert not (out / "run.trec").is_symlink()
 
 
-@pytest.mark.parametrize("other", ["as it was", "changed", "new", "left out"])
-def test_inputs_that_are_there_are_compared(other: str, tmp_path: Path) -> None:
-    for name in ("1", "2"):
-        nested(tmp_path / f"{name}.parquet", [name])
-    spec = job(str(tmp_path / "*.parquet"), folder=str(tmp_path / "out"))
-    claim_two(tmp_path, spec)
-    (tmp_path / "1.parquet").unlink()
-    match other:
-        case "changed":
-            os.utime(tmp_path / "2.parquet", (1, 1))
-        case "new":
-            nested(tmp_path / "3.parquet", ["3"])
-        case "left out":
-            spec = job(str(tmp_path / "1.parquet"), folder=str(tmp_path / "out"))
-    if other == "as it was":
-        go_on(tmp_path, spec)
-        return
-    with pytest.raises(ConfigurationError, match="another job") as caught:
-        go_on(tmp_path, spec)
-    assert caught.value.where.endswith("plan.json: inputs")
+def test_clearing_begins_with_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed anywhere in between, the folder is not taken for done, and still ours."""
+    publish_by_hand(tmp_path)
+    (tmp_path / "plan.json").touch()
+    order: list[str] = []
+    real = Path.unlink
 
+    def unlink(path: Path, **options: Any) -> None:
+        order.append(path.name)
+        real(path, **options)
 
-def test_stage_two_may_run_on_another_device(tmp_path: Path, planned: JobSpec) -> None:
-    before = plan_of(tmp_path)
-    elsewhere = replace(planned, execution=ExecutionSpec(device="cuda:1", batch_tokens=4096))
-    go_on(tmp_path, elsewhere)
-    assert plan_of(tmp_path) == before  # stage 1 is still that of the first device
-    with pytest.raises(ConfigurationError, match="another job") as caught:
-        go_on(tmp_path, elsewhere, may_differ=False)
-    assert caught.value.where.endswith("plan.json: spec")
-
-
-@pytest.mark.parametrize("plan_text", [None, "[1", "{}"])
-def test_stage_two_needs_a_plan_of_two_stages(plan_text: str | None, tmp_path: Path) -> None:
-    spec = job(nested(tmp_path / "in.parquet", ["a"]), folder=str(tmp_path / "out"))
-    if plan_text is None:
-        claim(tmp_path, spec)
-    else:
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "plan.json").write_text(plan_text)
-    with pytest.raises(ConfigurationError, match="no finished stage 1") as caught:
-        go_on(tmp_path, spec)
-    assert "--stage pointwise" in caught.value.next_step
+    monkeypatch.setattr(Path, "unlink", unlink)
+    clear(tmp_path, ["run.trec"])
+    assert order == ["_SUCCESS", "manifest.json", "run.trec", "plan.json"]

@@ -4,31 +4,50 @@ import json
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from dear_batch.bundle import open_bundle
-from dear_batch.errors import ConfigurationError, DearBatchError, InputError, UsageError
-from dear_batch.files import durable, parts
-from dear_batch.files.results import RERANKED_SCHEMA, TRANSCRIPTS_SCHEMA
+from dear_batch.bundle import hash_file, open_bundle
+from dear_batch.errors import ConfigurationError, DearBatchError, UsageError
+from dear_batch.files import parts
+from dear_batch.files.parts import RERANKED_SCHEMA, TEXT_SCHEMA
+from dear_batch.files.results import RERANKED_RESULTS_SCHEMA, TRANSCRIPTS_SCHEMA
 from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run import blocks, listwise, local
+from dear_batch.run import blocks, listwise, local, planning
+from dear_batch.run.folder import finished
 from dear_batch.run.local import run_job
 from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec, OutputSpec
 from tests.run.fake_ranker import Fake, install, listwise_bundle, slid
-from tests.run.test_local import SIZE, Failing, _rows, job, names, nested, order, run_lines
+from tests.run.test_local import (
+    END,
+    QUARANTINE,
+    SIZE,
+    WORK,
+    Failing,
+    Recorder,
+    _rows,
+    counts,
+    job,
+    names,
+    nested,
+    order,
+    report_of,
+    run_lines,
+    small_shards,
+    states,
+    without_lock,
+)
 
 pytestmark = pytest.mark.model
 Make = Callable[..., Path]
 Row = dict[str, Any]
 DEPTH, WINDOW, STEP = 8, 5, 3
 WINDOWS = 2  # [3, 8), [0, 5)
-STAGE_ONE = {"plan.json", "report.json", "parts"}
-PUBLISHED = STAGE_ONE | {"run.trec", "results.parquet", "transcripts.parquet"}
+PUBLISHED = WORK | END | {"run.trec", "results.parquet", "transcripts.parquet"}
 SAME = ("run.trec", "results.parquet", "transcripts.parquet")
 
 
@@ -64,10 +83,10 @@ def other(spec: JobSpec, **settings: Any) -> JobSpec:
     return replace(spec, listwise=replace(spec.listwise, **settings))
 
 
-def report_of(folder: Path) -> dict[str, Any]:
-    fields = json.loads((folder / "report.json").read_text())
-    assert isinstance(fields, dict)
-    return fields
+def part_of(folder: Path, stage: str = "pointwise", at: int = 0) -> Path:
+    """The part that a commit of a stage names."""
+    commit = sorted((folder / "commits" / stage).iterdir())[at]
+    return folder / str(json.loads(commit.read_text())["files"]["part"]["name"])
 
 
 def table(path: Path) -> list[Row]:
@@ -110,7 +129,10 @@ def test_the_top_is_in_the_order_of_the_second_stage(
     assert order(tmp_path / "out") == expected(first_stage, rows)
     assert order(tmp_path / "out") != first_stage
     assert names(tmp_path / "out") == PUBLISHED
-    assert names(tmp_path / "out" / "parts") == {"run.parquet", "pointwise.json"}
+    assert names(tmp_path / "out" / "commits") == {"input", "pointwise", "listwise"}
+    assert len(names(tmp_path / "out" / "parts")) == 3  # of either stage, and the transcripts
+    assert pq.read_schema(part_of(tmp_path / "out")).equals(TEXT_SCHEMA)
+    assert pq.read_schema(part_of(tmp_path / "out", "listwise")).equals(RERANKED_SCHEMA)
     assert spec.listwise
     ((bundle, asked, device),) = fake.opened
     assert (str(bundle.folder), asked, device) == (spec.listwise.bundle, spec.listwise, "auto")
@@ -134,7 +156,7 @@ def test_results_say_what_each_stage_made_of_a_document(
     )
     run_job(spec)
     found = pq.read_table(tmp_path / "out" / "results.parquet")
-    assert found.schema.equals(RERANKED_SCHEMA)
+    assert found.schema.equals(RERANKED_RESULTS_SCHEMA)
     assert found.schema.metadata[b"schema_version"] == b"1"
     before = {(r["qid"], r["docid"]): r for r in table(tmp_path / "first" / "results.parquet")}
     final = order(tmp_path / "out")
@@ -199,12 +221,14 @@ def test_the_report_counts_both_stages(
 ) -> None:
     fake.ranker.fails = lambda r: r.window.qid in {"q1", "q2"} and r.window.start > 0
     report = run_job(other(spec, max_failed_windows="50%"))
-    assert report == {k: v for k, v in report_of(tmp_path / "out").items() if k != "schema_version"}
+    assert report == report_of(tmp_path / "out")
     n = len(rows)
     assert report["status"] == "ok"
     assert report["outputs"] == ["run.trec"]
-    assert report["queries"] == {"read": n, "written": n, "quarantined": 0}
+    assert report["queries"] == counts(n, n)
     assert report["scored_pairs"] == n * SIZE
+    shards = {"done": 1, "kept": 0}
+    assert report["shards"] == {"pointwise": shards, "listwise": shards}
     found = report["listwise"]
     assert (found["bundle"], found["bundle_sha256"]) == (
         str(generator),
@@ -221,7 +245,7 @@ def test_the_report_counts_both_stages(
     assert found["answer_tokens"] == 4 * WINDOW * (total - 2)
     assert (found["forwards"], found["overruled"]) == (total, total - 2)
     assert (found["cut_passages"], found["shortened_passages"]) == (2 * total - 4, 3 * total - 6)
-    assert set(found["seconds"]) == {"load", "read", "rank", "write", "total"}
+    assert set(found["seconds"]) == {"load", "read", "rank", "write"}
     transcripts = table(tmp_path / "out" / "transcripts.parquet")
     assert len(transcripts) == total
     assert sum(t["prompt_tokens"] for t in transcripts) == found["prompt_tokens"]
@@ -230,11 +254,13 @@ def test_the_report_counts_both_stages(
 def test_progress_of_each_stage_grows_to_the_number_of_queries(
     fake: Fake, spec: JobSpec, rows: list[Row]
 ) -> None:
-    calls: list[tuple[str, float, int]] = []
-    run_job(spec, lambda *call: calls.append(call))
+    watch = Recorder()
+    run_job(spec, watch)
+    calls = watch.calls
     assert [*dict.fromkeys(call[0] for call in calls)] == ["pointwise", "listwise"]
     for stage in ("pointwise", "listwise"):
         done = [call[1] for call in calls if call[0] == stage]
+        assert done[0] == 0
         assert done == sorted(done)
         assert done[-1] == len(rows)
     assert {call[2] for call in calls} == {len(rows)}
@@ -265,8 +291,8 @@ def test_one_run_an_input(
     report = run_job(replace(spec, input=replace(spec.input, paths=paths), output=several))
     kinds = ("trec", "results.parquet", "transcripts.parquet")
     published = {f"{i}.{kind}" for i in (1, 2) for kind in kinds}
-    assert names(tmp_path / "out") == STAGE_ONE | published
-    assert names(tmp_path / "out" / "parts") == {"1.parquet", "2.parquet", "pointwise.json"}
+    assert names(tmp_path / "out") == WORK | END | published
+    assert report["shards"]["listwise"] == {"done": 2, "kept": 0}  # never over two outputs
     assert report["outputs"] == ["1.trec", "2.trec"]
     assert report["listwise"]["queries"] == len(rows) + 2
     wanted = expected(first_stage, rows)
@@ -290,7 +316,7 @@ def test_short_lists_and_what_was_set_aside(
     ]
     one = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", lists))
     report = run_job(replace(one, listwise=ListwiseSpec(str(generator))))
-    assert report["queries"] == {"read": 4, "written": 3, "quarantined": 1}
+    assert report["queries"] == counts(4, 3, 1)
     assert report["listwise"]["windows"] == {
         "total": 3,
         "ok": 2,
@@ -300,7 +326,7 @@ def test_short_lists_and_what_was_set_aside(
     }
     (asked,) = fake.ranker.requests
     assert [len(r.passages) for r in asked] == [2, 3]
-    assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
+    assert names(tmp_path / "out") == PUBLISHED | QUARANTINE
     kept = table(tmp_path / "out" / "transcripts.parquet")[0]
     assert (kept["qid"], kept["status"], kept["logprobs"], kept["prompt_sha256"]) == (
         "q0",
@@ -322,9 +348,9 @@ def test_a_job_of_which_nothing_is_left_ends_well(
 ) -> None:
     nested(tmp_path / "in.parquet", [{**rows[0], "query": ""}])
     report = run_job(spec)
-    assert report["queries"] == {"read": 1, "written": 0, "quarantined": 1}
+    assert report["queries"] == counts(1, 0, 1)
     assert report["listwise"]["windows"]["total"] == 0
-    assert report["status"] == "ok"
+    assert report["status"] == "too-many-bad"
     assert fake.ranker.requests == []
     assert (tmp_path / "out" / "run.trec").read_text() == ""
     assert table(tmp_path / "out" / "transcripts.parquet") == []
@@ -371,6 +397,13 @@ def split(spec: JobSpec) -> dict[str, Any]:
     return run_job(spec, stage="listwise")
 
 
+def without_times(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what differs from run to run."""
+    found = {k: v for k, v in report.items() if k not in {"seconds", "tokens_per_second"}}
+    found["listwise"] = {k: v for k, v in report["listwise"].items() if k != "seconds"}
+    return found
+
+
 def test_the_stages_apart_give_the_bytes_of_both_together(
     fake: Fake, spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,15 +412,15 @@ def test_the_stages_apart_give_the_bytes_of_both_together(
     apart = split(into(spec, tmp_path / "apart"))
     for name in SAME:
         assert (tmp_path / "apart" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    for report in (together, apart):
-        for stage in (report, report["listwise"]):
-            del stage["seconds"]
-        del report["tokens_per_second"]
-    assert apart == together
+    assert apart["shards"].pop("pointwise") == {"done": 1, "kept": 1}
+    assert together["shards"].pop("pointwise") == {"done": 1, "kept": 0}
+    assert without_times(apart) == without_times(together)
     monkeypatch.setattr(local, "open_scorer", None)  # the second stage alone needs no scorer
-    before = {name: (tmp_path / "apart" / name).read_bytes() for name in SAME}
-    run_job(into(spec, tmp_path / "apart"), stage="listwise")
-    assert {name: (tmp_path / "apart" / name).read_bytes() for name in SAME} == before
+    before = states(tmp_path / "apart")
+    for stage in ("pointwise", "listwise", "all"):
+        again = run_job(into(spec, tmp_path / "apart"), stage=stage)  # type: ignore[arg-type]
+        assert again["already_done"]
+    assert without_lock(states(tmp_path / "apart")) == without_lock(before)
 
 
 def test_the_first_stage_alone_leaves_parts_and_says_so(
@@ -396,43 +429,81 @@ def test_the_first_stage_alone_leaves_parts_and_says_so(
     rows[2]["query"] = None
     nested(tmp_path / "in.parquet", rows)
     report = run_job(spec, stage="pointwise")
-    assert (report["status"], report["outputs"]) == ("listwise-outstanding", [])
-    assert report["queries"] == {"read": len(rows), "written": len(rows) - 1, "quarantined": 1}
+    assert (report["status"], report["exit_code"]) == ("listwise-outstanding", 0)
+    assert report["outputs"] == []
+    assert report["queries"] == counts(len(rows), len(rows) - 1, 1)
     assert "listwise" not in report
-    assert names(tmp_path / "out") == STAGE_ONE | {"quarantine.parquet"}
-    assert fake.opened == fake.checked == []
-    (lists,) = {len(row["candidates"]) for row in table(tmp_path / "out" / "parts" / "run.parquet")}
-    assert lists == SIZE
-    for row in table(tmp_path / "out" / "parts" / "run.parquet"):
-        assert [c["text"] is not None for c in row["candidates"]] == [
-            k < DEPTH for k in range(SIZE)
-        ]
-        assert [c["rank"] for c in row["candidates"]] == list(range(1, SIZE + 1))
-    quarantine = (tmp_path / "out" / "quarantine.parquet").read_bytes()
+    assert report_of(tmp_path / "out") == report
+    assert names(tmp_path / "out") == WORK | {"quarantine"}
+    assert fake.checked == []  # its packages may be on another machine
+    assert fake.opened == []
+    part = table(part_of(tmp_path / "out"))
+    assert len(part) == (len(rows) - 1) * SIZE
+    for at in range(0, len(part), SIZE):
+        ranks = [row["rank"] for row in part[at : at + SIZE]]
+        assert ranks == list(range(1, SIZE + 1))
+        assert len({row["qid"] for row in part[at : at + SIZE]}) == 1
+        with_text = [row["text"] is not None for row in part[at : at + SIZE]]
+        assert with_text == [k < DEPTH for k in range(SIZE)]
+    run_job(spec, stage="pointwise")  # again, and nothing is scored twice
     run_job(spec, stage="listwise")
-    assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
-    assert (tmp_path / "out" / "quarantine.parquet").read_bytes() == quarantine
+    assert names(tmp_path / "out") == PUBLISHED | QUARANTINE
+    (refusal,) = table(tmp_path / "out" / "quarantine.parquet")
+    assert (refusal["row"], refusal["reason"]) == (2, "empty_query")
+    before = states(tmp_path / "out")
     run_job(spec, stage="pointwise")  # the run of these settings stays
-    assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
-    assert run_job(spec, stage="listwise")["status"] == "ok"
+    assert without_lock(states(tmp_path / "out")) == without_lock(before)
+    assert run_job(spec, stage="listwise")["status"] == "too-many-bad"
+
+
+def test_the_first_stage_alone_needs_no_listwise_bundle(
+    fake: Fake, spec: JobSpec, tmp_path: Path, generator: Path
+) -> None:
+    """It may lie on the machine of the second stage alone."""
+    run_job(into(spec, tmp_path / "whole"))
+    run_job(other(spec, bundle=str(tmp_path / "elsewhere")), stage="pointwise")
+    assert report_of(tmp_path / "out")["status"] == "listwise-outstanding"
+    run_job(other(spec, bundle=str(generator)), stage="listwise")
+    for name in SAME:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(fake.opened) == 2
 
 
 def test_the_second_stage_again_with_other_settings(
     fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
     run_job(spec)
-    shallow = other(spec, depth=4, window=4, step=2)
+    part = part_of(tmp_path / "out").stat()
+    narrow = other(spec, window=4, step=2)
     with pytest.raises(ConfigurationError, match="another job") as caught:
-        run_job(shallow)
+        run_job(narrow)
     assert "--stage listwise" in caught.value.next_step
-    report = run_job(shallow, stage="listwise")
-    assert report["listwise"]["depth"] == 4
+    report = run_job(narrow, stage="listwise")
+    assert report["listwise"]["window"] == 4
+    assert report["shards"]["pointwise"] == {"done": 1, "kept": 1}
+    assert "already_done" not in report
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["listwise"]["window"] == 4
+    run_job(into(narrow, tmp_path / "fresh"))
+    for name in SAME:
+        assert (tmp_path / "fresh" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert part_of(tmp_path / "out").stat() == part
+    assert len(names(tmp_path / "out" / "parts")) == 3  # those of the old stage are gone
+    run_job(spec, stage="listwise")  # and back
+    assert report_of(tmp_path / "out")["listwise"]["window"] == WINDOW
+    assert fake.ranker.requests
+
+
+def test_the_second_stage_again_with_less_depth(fake: Fake, spec: JobSpec, tmp_path: Path) -> None:
+    """The parts carry the text of eight, so four will do, and eight again."""
+    run_job(spec)
+    shallow = other(spec, depth=4, window=4, step=2)
+    report = run_job(shallow, stage="listwise")
+    assert report["listwise"]["depth"] == 4
     run_job(into(shallow, tmp_path / "fresh"))
     for name in SAME:
         assert (tmp_path / "fresh" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    run_job(spec, stage="listwise")  # and back: the parts still carry the text of eight
+    run_job(spec, stage="listwise")
     assert report_of(tmp_path / "out")["listwise"]["depth"] == DEPTH
     assert fake.ranker.requests
 
@@ -441,44 +512,43 @@ def test_the_parts_carry_no_more_than_their_depth(
     fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
     run_job(spec)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
+    before = states(tmp_path / "out")
     with pytest.raises(ConfigurationError, match="first 8 candidates") as caught:
         run_job(other(spec, depth=9), stage="listwise")
     assert caught.value.valid == "a listwise depth of 2 to 8"
-    assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == before
+    assert without_lock(states(tmp_path / "out")) == without_lock(before)
     assert len(fake.opened) == 1
 
 
-@pytest.mark.parametrize("fault", ["no folder", "one stage", "no record", "broken record"])
+@pytest.mark.parametrize("fault", ["no folder", "one stage", "no commit", "broken commit"])
 def test_the_second_stage_needs_a_first(
     fault: str, fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
-    record = tmp_path / "out" / "parts" / "pointwise.json"
     match fault:
         case "no folder":
             pass
         case "one stage":
             run_job(replace(spec, listwise=None))
-        case "no record":
-            run_job(spec)
-            record.unlink()
-        case "broken record":
-            run_job(spec)
-            record.write_text("{")
-    opened = len(fake.opened)
+        case _:
+            run_job(spec, stage="pointwise")
+            (commit,) = (tmp_path / "out" / "commits" / "pointwise").iterdir()
+            commit.unlink()
+            if fault == "broken commit":
+                commit.write_text("{")
     with pytest.raises(ConfigurationError, match="no finished stage 1") as caught:
         run_job(spec, stage="listwise")
     assert "--stage pointwise" in caught.value.next_step
-    assert len(fake.opened) == opened
-    assert (tmp_path / "out").exists() == (fault != "no folder")
+    assert fake.opened == []
+    if fault != "one stage":
+        assert report_of(tmp_path / "out")["exit_code"] == 78
 
 
 @pytest.mark.parametrize("fault", ["changed", "cut", "missing"])
-def test_a_part_that_is_not_as_it_was_written_is_refused(
+def test_a_part_that_is_not_as_it_was_written_is_no_first_stage(
     fault: str, fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
     run_job(spec, stage="pointwise")
-    part = tmp_path / "out" / "parts" / "run.parquet"
+    part = part_of(tmp_path / "out")
     raw = bytearray(part.read_bytes())
     raw[100] ^= 1
     match fault:
@@ -488,9 +558,8 @@ def test_a_part_that_is_not_as_it_was_written_is_refused(
             part.write_bytes(raw[:-9])
         case "missing":
             part.unlink()
-    with pytest.raises(InputError, match="missing or changed") as caught:
+    with pytest.raises(ConfigurationError, match="no finished stage 1"):
         run_job(spec, stage="listwise")
-    assert caught.value.where == str(part)
     assert fake.opened == []
     run_job(spec, stage="pointwise")
     run_job(spec, stage="listwise")
@@ -504,7 +573,7 @@ def test_inputs_that_changed_meanwhile_are_refused(
     nested(tmp_path / "in.parquet", rows[:4])
     with pytest.raises(ConfigurationError, match="another job") as caught:
         run_job(spec, stage="listwise")
-    assert caught.value.where.endswith("plan.json: inputs")
+    assert caught.value.where.endswith("plan.json: job.inputs")
     assert fake.opened == []
 
 
@@ -532,23 +601,70 @@ def test_a_job_of_one_stage_has_no_stage_to_choose(
 
 
 @pytest.mark.parametrize("calls", [0, 3])
+@pytest.mark.parametrize("stage", ["all", "listwise"])
 def test_a_second_stage_that_dies_leaves_the_parts_and_no_run(
-    calls: int, fake: Fake, spec: JobSpec, tmp_path: Path
+    stage: Any, calls: int, fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
     run_job(into(spec, tmp_path / "whole"))
     fake.ranker.requests.clear()
     fake.ranker.dies = calls
     with pytest.raises(RuntimeError, match="the listwise device is gone"):
         run_job(spec)
-    assert names(tmp_path / "out") == {"plan.json", "parts"}
+    assert names(tmp_path / "out") == WORK
+    report = report_of(tmp_path / "out")
+    assert (report["status"], report["exit_code"], report["phase"]) == ("failed", 1, "listwise")
+    assert report["shards"]["pointwise"] == {"total": 1, "done": 1}
     fake.ranker.dies = float("inf")
-    run_job(spec, stage="listwise")
+    again = run_job(spec, stage=stage)
+    assert again["shards"]["pointwise"] == {"done": 1, "kept": 1}
     assert names(tmp_path / "out") == PUBLISHED
     for name in SAME:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_first_stage_that_dies_leaves_no_part(
+def test_a_second_stage_goes_on_from_what_is_committed(
+    fake: Fake, spec: JobSpec, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "LEAST_QUERIES", 3)
+    with small_shards(4000):
+        whole = run_job(into(spec, tmp_path / "whole"))
+    total = whole["shards"]["listwise"]["done"]
+    assert 2 < total < whole["shards"]["pointwise"]["done"]  # groups of several
+    asked = len(fake.ranker.requests)
+    fake.ranker.requests.clear()
+    fake.ranker.dies = asked - 1
+    with small_shards(4000), pytest.raises(RuntimeError, match="the listwise device is gone"):
+        run_job(spec)
+    before = names(tmp_path / "out" / "commits" / "listwise")
+    assert 0 < len(before) < total
+    fake.ranker.dies = float("inf")
+    watch = Recorder()
+    report = run_job(spec, watch)
+    assert report["shards"]["listwise"] == {"done": total, "kept": len(before)}
+    done = [call[1] for call in watch.calls if call[0] == "listwise"]
+    assert done[0] > 0
+    assert (done, done[-1]) == (sorted(done), len(rows))
+    for name in SAME:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_lists_that_kill_keep_their_order(
+    fake: Fake, spec: JobSpec, tmp_path: Path, rows: list[Row], first_stage: dict[str, list[str]]
+) -> None:
+    poison = {"listwise/00000-000000000000": frozenset({0, 4, 7})}
+    report = run_job(other(spec, max_failed_windows="100%"), poison=poison)
+    asked = {request.window.qid for wave in fake.ranker.requests for request in wave}
+    assert asked == {f"q{i}" for i in (1, 2, 3, 5, 6)}
+    found, wanted = order(tmp_path / "out"), expected(first_stage, rows)
+    for i in range(8):
+        qid = f"q{i}"
+        assert found[qid] == (first_stage[qid] if i in {0, 4, 7} else wanted[qid])
+    assert report["listwise"]["windows"]["failed"] == 3 * WINDOWS
+    assert list(report["listwise"]["failed_reasons"].values()) == [3 * WINDOWS]
+    assert report["queries"] == counts(8, 8)
+
+
+def test_a_first_stage_that_dies_leaves_no_commit(
     fake: Fake, spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "ENCODE_LISTS", 1)
@@ -557,61 +673,79 @@ def test_a_first_stage_that_dies_leaves_no_part(
         patch.setattr(local, "open_scorer", lambda *a, **k: Failing(open_scorer(*a, **k), 5))
         with pytest.raises(RuntimeError, match="the device is gone"):
             run_job(spec)
-    assert names(tmp_path / "out") == {"plan.json", "parts"}
+    assert names(tmp_path / "out") == WORK
+    assert "pointwise" not in names(tmp_path / "out" / "commits")
     assert names(tmp_path / "out" / "parts") == set()
     with pytest.raises(ConfigurationError, match="no finished stage 1"):
         run_job(spec, stage="listwise")
     assert fake.opened == []
 
 
-def test_a_rerun_that_dies_leaves_the_old_run_where_it_is_of_this_plan(
+def test_another_second_stage_that_dies_leaves_the_old_run(
     fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
     run_job(spec)
     before = {name: (tmp_path / "out" / name).read_bytes() for name in SAME}
     fake.ranker.dies = len(fake.ranker.requests) + 1
+    narrow = other(spec, window=4, step=2)
     with pytest.raises(RuntimeError):
-        run_job(spec)
+        run_job(narrow, stage="listwise")
     assert {name: (tmp_path / "out" / name).read_bytes() for name in SAME} == before
-    assert names(tmp_path / "out") == PUBLISHED - {"report.json"}
-    with pytest.raises(RuntimeError):
-        run_job(other(spec, depth=5), stage="listwise")
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in SAME} == before
-    assert names(tmp_path / "out") == PUBLISHED - {"report.json"}
+    assert names(tmp_path / "out") >= END
+    fake.ranker.dies = float("inf")
+    report = run_job(narrow, stage="listwise")
+    assert (report["listwise"]["window"], report["status"]) == (4, "ok")
+    assert finished(tmp_path / "out")
+    assert (tmp_path / "out" / "run.trec").read_bytes() != before["run.trec"]
 
 
-@pytest.mark.parametrize("stage", ["all", "listwise"])
-def test_no_report_tells_of_files_of_two_runs(
-    stage: Any, fake: Fake, spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_second_stage_that_dies_leaves_the_old_run_whole(
+    fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
+    """What the manifest of the old run names is as it says, until the new one is published."""
     run_job(spec)
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in SAME}
-    fake.ranker.fails = lambda _request: True  # so that these transcripts are others
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    fake.ranker.dies = len(fake.ranker.requests) + 1
+    with pytest.raises(RuntimeError):
+        run_job(other(spec, window=4, step=2), stage="listwise")
+    found = {name: asdict(hash_file(tmp_path / "out" / name)) for name in manifest["files"]}
+    assert found == manifest["files"]
+    assert finished(tmp_path / "out") == manifest
 
-    def dies(path: Path) -> None:
-        if path.name.startswith(".run.trec"):
-            raise RuntimeError("killed")
 
-    monkeypatch.setattr(durable, "_sync", dies)
-    with pytest.raises(RuntimeError, match="killed"):
-        run_job(spec, stage=stage)
-    changed = {name for name in SAME if (tmp_path / "out" / name).read_bytes() != before[name]}
-    assert changed == {"results.parquet", "transcripts.parquet"}
-    assert names(tmp_path / "out") == PUBLISHED - {"report.json"}
+def test_less_listwise_depth_is_pointed_to_its_own_run(fake: Fake, spec: JobSpec) -> None:
+    run_job(spec)
+    with pytest.raises(ConfigurationError, match="another job") as caught:
+        run_job(other(spec, depth=4, window=4, step=2))
+    assert "--stage listwise" in caught.value.next_step
+    assert fake.opened
+
+
+def test_the_first_stage_alone_needs_no_package_of_the_second(
+    fake: Fake, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its machine may see the listwise bundle on a shared disk and have no PyTorch."""
+    found = listwise.find_spec
+    monkeypatch.setattr(
+        listwise, "find_spec", lambda name: found(name) if name != "torch" else None
+    )
+    assert run_job(spec, stage="pointwise")["status"] == "listwise-outstanding"
+    assert fake.opened == []
 
 
 @pytest.mark.parametrize("count", ["queries", "candidates"])
 def test_counts_that_do_not_add_up_publish_nothing(
     count: str, fake: Fake, spec: JobSpec, tmp_path: Path
 ) -> None:
+    """A part whose commit says something else: a fault of ours, found before the end."""
     run_job(spec, stage="pointwise")
-    record = tmp_path / "out" / "parts" / "pointwise.json"
-    fields = json.loads(record.read_text())
-    fields["report"][count]["written"] += 1
-    record.write_text(json.dumps(fields))
-    with pytest.raises(AssertionError, match="counts do not add up"):
+    (path,) = (tmp_path / "out" / "commits" / "pointwise").iterdir()
+    fields = json.loads(path.read_text())
+    fields["counts"][count]["written"] += 1
+    path.write_text(json.dumps(fields))
+    with pytest.raises(AssertionError):
         run_job(spec, stage="listwise")
-    assert names(tmp_path / "out") == {"plan.json", "parts"}
+    assert names(tmp_path / "out") == WORK
     assert fake.ranker.requests
 
 
@@ -631,12 +765,15 @@ def test_failed_windows_are_counted_and_published(
 
 
 def refused(spec: JobSpec, match: str, *, stage: Any = "all") -> DearBatchError:
-    """The error of a job that stops before stage 1 and makes nothing."""
+    """The error of a job that stops before stage 1, and publishes nothing but why."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local, "open_scorer", None)
         with pytest.raises(DearBatchError, match=match) as caught:
             run_job(spec, stage=stage)
-    assert not Path(spec.output.folder).exists()
+    folder = Path(spec.output.folder)
+    assert names(folder) <= WORK - {"parts"}
+    assert not (folder / "commits").exists()
+    assert report_of(folder)["exit_code"] == caught.value.exit_code
     return caught.value
 
 
@@ -709,6 +846,7 @@ def test_a_missing_package_is_reported_before_stage_one(
     )
     error = refused(spec, f"needs the package '{package}'")
     assert error.next_step == "pip install 'dear-batch[listwise]'"
-    run_job(spec, stage="pointwise")  # which needs none of it
-    assert names(tmp_path / "out") == STAGE_ONE
+    far = other(spec, bundle=str(tmp_path / "elsewhere"))
+    run_job(far, stage="pointwise")  # which needs none of it where the bundle is not either
+    assert names(tmp_path / "out") == WORK
     assert fake.opened == []

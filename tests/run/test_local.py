@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,20 +19,32 @@ from numpy.typing import NDArray
 
 from dear_batch import Reranker
 from dear_batch.bundle import open_bundle
-from dear_batch.errors import ConfigurationError, DearBatchError, InputError, OutputError
-from dear_batch.files.durable import scratch_folder
+from dear_batch.errors import (
+    ConfigurationError,
+    DearBatchError,
+    InputError,
+    OutputError,
+    TryAgainError,
+    UsageError,
+)
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
 from dear_batch.pointwise.rows import Batch
 from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run import blocks, local, plan
+from dear_batch.run import blocks, local, plan, planning
+from dear_batch.run.folder import locked
 from dear_batch.run.local import run_job
+from dear_batch.run.watch import StoppedError, Watch
 from dear_batch.specs import ExecutionSpec, InputSpec, JobSpec, OutputSpec, PointwiseSpec
 from tests.conftest import collection_queries, collection_texts, tokenizer_of
 
 pytestmark = pytest.mark.model
 Make = Callable[..., Path]
 Row = dict[str, Any]
-PUBLISHED = {"plan.json", "report.json", "results.parquet", "run.trec"}
+WORK = {"LOCK", "plan.json", "parts", "commits", "report.json", "metrics.prom"}
+END = {"manifest.json", "_SUCCESS"}
+PUBLISHED = WORK | END | {"results.parquet", "run.trec"}
+QUARANTINE = {"quarantine", "quarantine.parquet"}
+SAME = ("run.trec", "results.parquet")
 SIZE = 12
 
 
@@ -94,6 +107,64 @@ def job(bundle: Path, folder: Path, *paths: str) -> JobSpec:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def counts(read: int, written: int, quarantined: int = 0, skipped: int = 0) -> dict[str, int]:
+    assert read == written + quarantined + skipped
+    return {"read": read, "written": written, "quarantined": quarantined, "skipped": skipped}
+
+
+def states(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file below a folder, and whatever changes when it is written."""
+    found = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*")}
+    return {name: (s.st_ino, s.st_mtime_ns, s.st_size) for name, s in found.items()}
+
+
+def without_lock(found: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+    """The lock says who came last."""
+    return {name: state for name, state in found.items() if name != "LOCK"}
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    fields = json.loads((folder / "report.json").read_text())
+    assert isinstance(fields, dict)
+    return fields
+
+
+class Recorder(Watch):
+    """Keeps what it is told, and asks the job to stop after some checks."""
+
+    def __init__(self, stop_at: float = math.inf) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, float, int]] = []
+        self.phases: list[str] = []
+        self.shards: list[str] = []
+        self.checks, self._stop_at = 0, stop_at
+
+    def advance(self, stage: str, done: float, total: int) -> None:
+        self.calls.append((stage, done, total))
+
+    def phase(self, name: str) -> None:
+        self.phases.append(name)
+
+    def shard(self, stage: str, key: str) -> None:
+        self.shards.append(f"{stage}/{key}")
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.checks >= self._stop_at:
+            self.stop.set()
+        super().check()
+
+
+@contextmanager
+def small_shards(size: int = 8000) -> Iterator[None]:
+    """Jobs inside are cut into shards of a few lists, and scored a list at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "SHARD_BYTES", size)
+        patch.setattr(blocks, "ENCODE_LISTS", 1)
+        patch.setattr(blocks, "BLOCK_PAIRS", SIZE)
+        yield
 
 
 def run_lines(path: Path) -> dict[str, list[tuple[str, float]]]:
@@ -226,11 +297,12 @@ def test_results_say_where_a_document_came_from(published: Path, rows: list[Row]
 def test_the_report_counts_everything(published: Path, bundle: Make, rows: list[Row]) -> None:
     report = json.loads((published / "report.json").read_text())
     n, m = len(rows), len(rows) * SIZE
-    assert report["schema_version"] == 1
-    assert report["status"] == "ok"
-    assert report["queries"] == {"read": n, "written": n, "quarantined": 0}
-    assert report["candidates"] == {"read": m, "written": m, "quarantined": 0}
-    assert report["quarantine_reasons"] == {}
+    assert report["schema_version"] == 2
+    assert (report["status"], report["exit_code"]) == ("ok", 0)
+    assert report["queries"] == counts(n, n)
+    assert report["candidates"] == counts(m, m)
+    assert (report["quarantine_reasons"], report["skipped_reasons"]) == ({}, {})
+    assert report["shards"] == {"pointwise": {"done": 1, "kept": 0}}
     assert report["scored_pairs"] == m
     assert report["outputs"] == ["run.trec"]
     assert report["bundle_sha256"] == open_bundle(bundle("llama31")).sha256
@@ -250,14 +322,26 @@ def test_progress_grows_and_ends_at_the_number_of_queries(
     monkeypatch.setattr(blocks, "ENCODE_LISTS", 2)
     monkeypatch.setattr(blocks, "BLOCK_PAIRS", 2 * SIZE)
     rows[1]["query"] = rows[4]["query"] = rows[5]["query"] = ""
-    calls: list[tuple[float, int, str]] = []
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:6]))
-    run_job(spec, lambda stage, done, total: calls.append((done, total, stage)))
-    done = [call[0] for call in calls]
-    assert {call[1:] for call in calls} == {(6, "pointwise")}
+    watch = Recorder()
+    run_job(spec, watch)
+    done = [call[1] for call in watch.calls]
+    assert {(stage, total) for stage, _, total in watch.calls} == {("pointwise", 6)}
     assert done == sorted(done)
-    assert 0 < done[0] < 2  # within the first block already
-    assert done[-1] == 6
+    assert done[0] == 0
+    assert 0 < done[1] < 2  # within the first block already
+    assert watch.phases == ["check", "plan", "load", "pointwise", "publish"]
+    assert watch.shards == ["pointwise/00000-000000000000"]
+
+
+def test_progress_ends_with_what_could_not_be_scored(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    rows[5]["query"] = ""
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:6]))
+    watch = Recorder()
+    run_job(spec, watch)
+    assert watch.calls[-1] == ("pointwise", 6, 6)
 
 
 def test_equal_scores_keep_first_stage_order_and_are_written_apart(
@@ -297,7 +381,7 @@ def test_the_same_job_gives_the_same_bytes(
     published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
 ) -> None:
     run_job(job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows)))
-    for name in ("run.trec", "results.parquet"):
+    for name in SAME:
         assert (tmp_path / "out" / name).read_bytes() == (published / name).read_bytes()
 
 
@@ -310,32 +394,14 @@ def test_row_groups_do_not_matter(
 
 
 def test_shards_and_blocks_move_scores_by_rounding_only(
-    published: Path,
-    bundle: Make,
-    tmp_path: Path,
-    rows: list[Row],
-    monkeypatch: pytest.MonkeyPatch,
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
 ) -> None:
-    monkeypatch.setattr(plan, "SHARD_BYTES", 8000)
-    monkeypatch.setattr(blocks, "ENCODE_LISTS", 1)
-    monkeypatch.setattr(blocks, "BLOCK_PAIRS", SIZE)
     path = nested(tmp_path / "in.parquet", rows, row_group_size=2)
-    run_job(job(bundle("llama31"), tmp_path / "out", path))
-    planned = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert len(planned["outputs"][0]["shards"]) > 3
+    with small_shards():
+        report = run_job(job(bundle("llama31"), tmp_path / "out", path))
+    assert report["shards"]["pointwise"]["done"] > 3
+    assert len(names(tmp_path / "out" / "parts")) == report["shards"]["pointwise"]["done"]
     assert_same_ranking(tmp_path / "out", published)
-
-
-def test_a_rerun_into_the_same_folder_gives_the_same_files(
-    bundle: Make, tmp_path: Path, rows: list[Row]
-) -> None:
-    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
-    run_job(spec)
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED}
-    run_job(spec)
-    assert names(tmp_path / "out") == PUBLISHED
-    for name in PUBLISHED - {"report.json"}:
-        assert (tmp_path / "out" / name).read_bytes() == before[name]
 
 
 def test_nested_flat_and_scattered_inputs_give_the_same_ranking(
@@ -357,9 +423,12 @@ def test_nested_flat_and_scattered_inputs_give_the_same_ranking(
         assert names(tmp_path / name) == PUBLISHED
         assert_same_ranking(tmp_path / name, published)
     planned = {n: json.loads((tmp_path / n / "plan.json").read_text()) for n in paths}
-    regrouped = {name: fields["outputs"][0]["regrouped"] for name, fields in planned.items()}
+    regrouped = {
+        n: fields["outputs"][0]["sources"][0]["regrouped"] for n, fields in planned.items()
+    }
     assert regrouped == {"flat": False, "scattered": True, "files": True}
-    assert not [name for name in names(tmp_path) if name.startswith(".")]
+    hidden = [path.name for path in tmp_path.rglob(".*")]
+    assert hidden == []
 
 
 def test_integer_ids_are_written_as_text(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
@@ -391,10 +460,10 @@ def test_one_run_an_input(published: Path, bundle: Make, tmp_path: Path, rows: l
     spec = job(bundle("llama31"), tmp_path / "out", *paths)
     report = run_job(replace(spec, output=replace(spec.output, run_per_input=True)))
     results = {"1.trec", "1.results.parquet", "2.trec", "2.results.parquet"}
-    assert names(tmp_path / "out") == results | {"plan.json", "report.json"}
+    assert names(tmp_path / "out") == WORK | END | results
     assert report["outputs"] == ["1.trec", "2.trec"]
     # A qid in both is no repeat here.
-    assert report["queries"] == {"read": len(rows) + 2, "written": len(rows) + 2, "quarantined": 0}
+    assert report["queries"] == counts(len(rows) + 2, len(rows) + 2)
     whole = order(published)
     assert order(tmp_path / "out", "1") == {row["qid"]: whole[row["qid"]] for row in rows[:5]}
     assert order(tmp_path / "out", "2") == {row["qid"]: whole[row["qid"]] for row in rows[3:]}
@@ -490,25 +559,25 @@ def test_bad_rows_are_set_aside_and_the_rest_is_reranked(
     first = nested(tmp_path / "1.parquet", bad_rows(rows), row_group_size=4)
     second = nested(tmp_path / "2.parquet", [{**rows[13], "qid": "q0"}, rows[13]])
     report = run_job(job(bundle("llama31"), tmp_path / "out", first, second))
+    assert (report["status"], report["exit_code"]) == ("too-many-bad", 3)
 
     table = pq.read_table(tmp_path / "out" / "quarantine.parquet")
     assert table.schema.equals(QUARANTINE_SCHEMA)
     assert table.schema.metadata[b"schema_version"] == b"1"
     ids = [[c["docid"] for c in row["candidates"]] for row in rows]
-    kinds = ("path", "row", "reason", "qid", "docid", "candidates")
+    kinds = ("path", "row_group", "row", "reason", "qid", "docid", "candidates")
     assert [tuple(r[kind] for kind in kinds) for r in table.to_pylist()] == [
-        (first, 1, "empty_list", "q1", None, 0),
-        (first, 2, "empty_query", "q2", None, SIZE),
-        (first, 3, "empty_query", "q3", None, SIZE),
-        (first, 4, "bad_qid", "white space", None, SIZE),
-        (first, 5, "bad_qid", None, None, SIZE),
-        *((first, 6, "null_text", "q6", docid, 1) for docid in ids[6]),
-        (first, 6, "no_valid_candidates", "q6", None, 0),
-        (first, 7, "null_text", "q7", ids[7][3], 1),
-        (first, 8, "duplicate_docid", "q8", ids[8][0], 1),
-        (first, 9, "bad_docid", "q9", "white\tspace", 1),
-        (first, 10, "empty_text", "q10", ids[10][6], 1),
-        (second, 0, "duplicate_qid", "q0", None, SIZE),
+        (first, 0, 2, "empty_query", "q2", None, SIZE),
+        (first, 0, 3, "empty_query", "q3", None, SIZE),
+        (first, 1, 4, "bad_qid", "white space", None, SIZE),
+        (first, 1, 5, "bad_qid", None, None, SIZE),
+        *((first, 1, 6, "null_text", "q6", docid, 1) for docid in ids[6]),
+        (first, 1, 6, "no_valid_candidates", "q6", None, 0),
+        (first, 1, 7, "null_text", "q7", ids[7][3], 1),
+        (first, 2, 8, "duplicate_docid", "q8", ids[8][0], 1),
+        (first, 2, 9, "bad_docid", "q9", "white\tspace", 1),
+        (first, 2, 10, "empty_text", "q10", ids[10][6], 1),
+        (second, 0, 0, "duplicate_qid", "q0", None, SIZE),
     ]
     assert all(table.column("detail").to_pylist())
 
@@ -524,27 +593,55 @@ def test_bad_rows_are_set_aside_and_the_rest_is_reranked(
     results = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     assert sorted(r["first_rank"] for r in results if r["qid"] == "q7") == [1, 2, 3, *range(5, 13)]
 
-    assert report["queries"] == {"read": 15, "written": 8, "quarantined": 7}
+    assert report["queries"] == counts(15, 8, quarantined=6, skipped=1)
     written = 8 * SIZE - 4
     set_aside = 6 * SIZE + 4
-    assert report["candidates"] == {
-        "read": written + set_aside,
-        "written": written,
-        "quarantined": set_aside,
-    }
+    assert report["candidates"] == counts(written + set_aside, written, set_aside)
     assert written + set_aside == sum(len(r["candidates"]) for r in bad_rows(rows)) + 2 * SIZE
     assert report["quarantine_reasons"] == {
         "bad_docid": 1,
         "bad_qid": 2,
         "duplicate_docid": 1,
         "duplicate_qid": 1,
-        "empty_list": 1,
         "empty_query": 2,
         "empty_text": 1,
         "no_valid_candidates": 1,
         "null_text": SIZE + 1,
     }
-    assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
+    assert report["skipped_reasons"] == {"empty_list": 1}
+    assert names(tmp_path / "out") == PUBLISHED | QUARANTINE
+
+
+def test_lists_without_candidates_are_nothing_bad(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    path = nested(tmp_path / "in.parquet", [rows[0], {**rows[1], "candidates": []}])
+    report = run_job(job(bundle("llama31"), tmp_path / "out", path))
+    assert (report["status"], report["exit_code"]) == ("ok", 0)
+    assert report["queries"] == counts(2, 1, skipped=1)
+    assert names(tmp_path / "out") == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("allowed", "status"),
+    [(0, "too-many-bad"), (1, "too-many-bad"), (2, "ok"), ("5%", "too-many-bad"), ("6%", "ok")],
+)
+def test_so_many_bad_candidates_are_allowed(
+    allowed: int | str, status: str, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    """Two of 36; the job is published in any case, and asked again with another limit."""
+    for row in rows[:2]:
+        row["candidates"] = changed(row, 3, text=None)
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
+    limited = replace(spec, input=replace(spec.input, max_bad=allowed))
+    report = run_job(limited)
+    assert (report["status"], report["exit_code"]) == (status, 0 if status == "ok" else 3)
+    assert report_of(tmp_path / "out")["status"] == status
+    assert names(tmp_path / "out") == PUBLISHED | QUARANTINE
+    before = states(tmp_path / "out")
+    again = run_job(replace(limited, input=replace(limited.input, max_bad="100%")))
+    assert (again["status"], again["exit_code"], again["already_done"]) == ("ok", 0, True)
+    assert without_lock(states(tmp_path / "out")) == without_lock(before)
 
 
 def test_a_flat_query_under_two_texts_keeps_the_first(
@@ -558,12 +655,8 @@ def test_a_flat_query_under_two_texts_keeps_the_first(
     kinds = ("reason", "row", "qid", "docid", "candidates")
     expected = ("conflicting_query", 4, "q0", candidates[4]["docid"], 1)
     assert tuple(refusal[kind] for kind in kinds) == expected
-    assert report["queries"] == {"read": 2, "written": 2, "quarantined": 0}
-    assert report["candidates"] == {
-        "read": 2 * SIZE,
-        "written": 2 * SIZE - 1,
-        "quarantined": 1,
-    }
+    assert report["queries"] == counts(2, 2)
+    assert report["candidates"] == counts(2 * SIZE, 2 * SIZE - 1, 1)
 
 
 def test_of_repeated_lists_the_first_that_can_be_scored_is_kept(
@@ -580,32 +673,40 @@ def test_of_repeated_lists_the_first_that_can_be_scored_is_kept(
     ]
     whole = order(published)
     assert order(tmp_path / "out") == {qid: whole[qid] for qid in ("q0", "q2", "q3")}
-    assert report["queries"] == {"read": 5, "written": 3, "quarantined": 2}
+    assert report["queries"] == counts(5, 3, 2)
 
 
-def test_regrouped_refusals_name_the_inputs_but_no_row(
+def test_regrouped_refusals_name_the_very_row_of_the_input(
     bundle: Make, tmp_path: Path, rows: list[Row]
 ) -> None:
     candidates = flattened(rows[:2])[::-1]
     candidates[3]["text"] = None
     scattered = candidates[::2] + candidates[1::2]
-    path = flat(tmp_path / "in.parquet", scattered)
-    run_job(job(bundle("llama31"), tmp_path / "out", path))
+    paths = [
+        flat(tmp_path / "1.parquet", scattered[:11]),
+        flat(tmp_path / "2.parquet", scattered[11:], row_group_size=2),
+    ]
+    run_job(job(bundle("llama31"), tmp_path / "out", *paths))
     (refusal,) = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
-    assert (refusal["path"], refusal["row"]) == (path, None)
     assert (refusal["reason"], refusal["docid"]) == ("null_text", candidates[3]["docid"])
+    row = scattered.index(candidates[3]) - 11
+    found = (refusal["path"], refusal["row_group"], refusal["row"])
+    assert found == (paths[1], row // 2, row)
+    source = pq.ParquetFile(paths[1]).read_row_group(row // 2).to_pylist()[row % 2]
+    assert source == candidates[3]
 
 
-def test_a_clean_rerun_removes_an_old_quarantine(
+def test_beginning_anew_removes_an_old_quarantine(
     bundle: Make, tmp_path: Path, rows: list[Row]
 ) -> None:
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:2]))
     target = rows[1]["candidates"][2]["text"]
     with scorer_wrapped(lambda inner: Fixed(inner, target, math.nan)):
         run_job(spec)
-    assert "quarantine.parquet" in names(tmp_path / "out")
-    run_job(spec)
-    assert names(tmp_path / "out") == PUBLISHED
+    assert names(tmp_path / "out") >= QUARANTINE
+    run_job(spec, restart=True)
+    assert names(tmp_path / "out") - {"quarantine"} == PUBLISHED
+    assert [*(tmp_path / "out" / "quarantine").iterdir()] == []
 
 
 def test_a_job_of_which_nothing_is_left_ends_well(
@@ -613,7 +714,8 @@ def test_a_job_of_which_nothing_is_left_ends_well(
 ) -> None:
     path = nested(tmp_path / "in.parquet", [{**rows[0], "query": ""}])
     report = run_job(job(bundle("llama31"), tmp_path / "out", path))
-    assert report["queries"] == {"read": 1, "written": 0, "quarantined": 1}
+    assert report["queries"] == counts(1, 0, 1)
+    assert report["status"] == "too-many-bad"
     assert report["tokens_per_second"] is None or report["tokens"] == 0
     assert (tmp_path / "out" / "run.trec").read_text() == ""
     assert pq.read_table(tmp_path / "out" / "results.parquet").schema.equals(RESULTS_SCHEMA)
@@ -652,8 +754,8 @@ def test_a_list_of_nan_alone_is_set_aside_as_a_whole(
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:2]))
     with scorer_wrapped(lambda inner: Fixed(inner, "", math.nan)):
         report = run_job(replace(spec, pointwise=replace(spec.pointwise, depth=3)))
-    assert report["queries"] == {"read": 2, "written": 0, "quarantined": 2}
-    assert report["candidates"] == {"read": 2 * SIZE, "written": 0, "quarantined": 2 * SIZE}
+    assert report["queries"] == counts(2, 0, 2)
+    assert report["candidates"] == counts(2 * SIZE, 0, 2 * SIZE)
     assert report["quarantine_reasons"] == {"no_valid_candidates": 2, "non_finite_score": 6}
     assert (tmp_path / "out" / "run.trec").read_text() == ""
 
@@ -671,7 +773,214 @@ def test_long_passages_are_cut_and_counted(bundle: Make, tmp_path: Path, rows: l
     assert report["candidates"]["written"] == len(short) + len(long)
 
 
-# Failures leave nothing.
+# What kills the process is set aside.
+
+
+def test_candidates_that_kill_are_set_aside_and_never_scored(
+    published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    """Ordinals count what is scored: not what was refused before, nor below the depth."""
+    rows[1]["candidates"] = changed(rows[1], 0, text=None)
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:4]))
+    key = "pointwise/00000-000000000000"
+    depth = 5
+    spec = replace(spec, pointwise=replace(spec.pointwise, depth=depth))
+    last = frozenset(range(3 * depth, 4 * depth))
+    report = run_job(spec, poison={key: frozenset({1, depth}) | last})
+    refusals = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    ids = [[c["docid"] for c in row["candidates"]] for row in rows]
+    assert [(r["reason"], r["qid"], r["docid"]) for r in refusals] == [
+        ("kills_process", "q0", ids[0][1]),
+        ("null_text", "q1", ids[1][0]),
+        ("kills_process", "q1", ids[1][1]),
+        *(("kills_process", "q3", docid) for docid in ids[3][:depth]),
+    ]
+    assert report["quarantine_reasons"] == {"kills_process": 2 + depth, "null_text": 1}
+    found = order(tmp_path / "out")
+    assert set(ids[0]) - set(found["q0"]) == {ids[0][1]}
+    assert set(found["q1"]) == set(ids[1][2:])
+    assert set(found["q2"]) == set(ids[2])
+    assert report["queries"] == counts(4, 4)
+    assert published
+
+
+def test_a_list_of_candidates_that_kill_is_set_aside_as_a_whole(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:2]))
+    poison = {"pointwise/00000-000000000000": frozenset(range(SIZE))}
+    report = run_job(spec, poison=poison)
+    assert report["queries"] == counts(2, 1, 1)
+    assert report["candidates"] == counts(2 * SIZE, SIZE, SIZE)
+    assert report["quarantine_reasons"] == {"kills_process": SIZE, "no_valid_candidates": 1}
+    assert list(order(tmp_path / "out")) == ["q1"]
+
+
+# A job that runs again.
+
+
+def test_a_finished_job_again_changes_nothing(
+    bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
+    report = run_job(spec)
+    before = states(tmp_path / "out")
+    monkeypatch.setattr(local, "open_scorer", None)
+    again = run_job(spec)
+    assert again == {**report, "already_done": True}
+    after = states(tmp_path / "out")
+    assert without_lock(after) == without_lock(before)
+    assert after["LOCK"][0] == before["LOCK"][0]
+
+
+class FailingAfter(Failing):
+    """A scorer that raises once so many shards are committed."""
+
+    def __init__(self, inner: Scorer, folder: Path, shards: int) -> None:
+        super().__init__(inner, 10**6)
+        self._folder, self._shards = folder / "commits" / "pointwise", shards
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        if len([*self._folder.glob("*.json")]) >= self._shards:
+            raise RuntimeError("the device is gone")
+        return super().score(batch)
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_a_job_goes_on_from_what_is_committed(
+    done: int, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    path = nested(tmp_path / "in.parquet", rows, row_group_size=2)
+    spec = job(bundle("llama31"), tmp_path / "out", path)
+    with small_shards():
+        whole = run_job(job(bundle("llama31"), tmp_path / "whole", path))
+        with (
+            scorer_wrapped(lambda inner: FailingAfter(inner, tmp_path / "out", done)),
+            pytest.raises(RuntimeError, match="the device is gone"),
+        ):
+            run_job(spec)
+    kept = names(tmp_path / "out" / "parts")
+    assert report_of(tmp_path / "out")["shards"]["pointwise"]["done"] == done
+    # What a shard is stays as it was planned, whatever a newer version would make of it.
+    report, watch = run_job(spec), Recorder()
+    total = whole["shards"]["pointwise"]["done"]
+    assert report["shards"] == {"pointwise": {"done": total, "kept": done}}
+    for name in SAME:
+        one, other = (tmp_path / folder / name for folder in ("out", "whole"))
+        assert one.read_bytes() == other.read_bytes()
+    for name in ("queries", "candidates", "scored_pairs", "tokens", "padding_share"):
+        assert report[name] == whole[name]
+    left = names(tmp_path / "out" / "parts")
+    assert len(left) == total  # what the failure left behind is gone
+    assert len(left & kept) == done
+    run_job(spec, watch)
+    assert watch.shards == []
+
+
+def test_only_what_is_lost_is_done_again(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+    path = nested(tmp_path / "in.parquet", rows, row_group_size=2)
+    spec = job(bundle("llama31"), tmp_path / "out", path)
+    with small_shards():
+        run_job(spec)
+        before = {name: (tmp_path / "out" / name).read_bytes() for name in SAME}
+        parts = sorted((tmp_path / "out" / "parts").iterdir())
+        raw = bytearray(parts[1].read_bytes())
+        raw[99] ^= 1
+        parts[1].write_bytes(raw)
+        parts[2].unlink()
+        (tmp_path / "out" / "_SUCCESS").unlink()
+        watch = Recorder()
+        report = run_job(spec, watch)
+    assert watch.shards == [f"pointwise/{part.name[:18]}" for part in parts[1:3]]
+    assert report["shards"]["pointwise"] == {"done": len(parts), "kept": len(parts) - 2}
+    assert watch.calls[0][1] > 0  # progress begins with what is done
+    assert watch.calls[-1][1] == watch.calls[-1][2] == len(rows)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in SAME} == before
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 12])
+def test_a_job_that_is_asked_to_stop_stops_and_goes_on(
+    stop_at: int, published: Path, bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    path = nested(tmp_path / "in.parquet", rows, row_group_size=2)
+    spec = job(bundle("llama31"), tmp_path / "out", path)
+    with small_shards():
+        with pytest.raises(StoppedError) as caught:
+            run_job(spec, Recorder(stop_at))
+        assert caught.value.exit_code == 75
+        report = report_of(tmp_path / "out")
+        assert (report["status"], report["exit_code"]) == ("stopped", 75)
+        assert names(tmp_path / "out") <= WORK
+        assert not [t for t in threading.enumerate() if t.name.startswith("dear-batch")]
+        run_job(spec)
+    assert_same_ranking(tmp_path / "out", published)
+    assert names(tmp_path / "out") == PUBLISHED
+
+
+def test_another_job_is_refused_before_any_model_loads(
+    bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
+    run_job(spec)
+    before = states(tmp_path / "out")
+    monkeypatch.setattr(local, "open_scorer", None)
+    deeper = replace(spec, pointwise=replace(spec.pointwise, depth=3))
+    torch = replace(spec, execution=ExecutionSpec(engine="torch"))
+    for other, where in ((deeper, "job.pointwise"), (torch, "runtime.engine")):
+        with pytest.raises(ConfigurationError, match="another job") as caught:
+            run_job(other)
+        assert caught.value.where.endswith(f"plan.json: {where}")
+        assert caught.value.exit_code == 78
+    assert without_lock(states(tmp_path / "out")) == without_lock(before)
+
+
+def test_beginning_anew_forgets_another_job(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:
+    paths = [nested(tmp_path / "1.parquet", rows[:2]), nested(tmp_path / "2.parquet", rows[2:3])]
+    spec = job(bundle("llama31"), tmp_path / "out", *paths)
+    apart = replace(spec, output=replace(spec.output, run_per_input=True))
+    run_job(apart)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    report = run_job(spec, restart=True)
+    assert names(tmp_path / "out") == PUBLISHED | {"notes.txt"}
+    assert "already_done" not in report
+    run_job(job(bundle("llama31"), tmp_path / "fresh", *paths))
+    for name in SAME:
+        one, other = (tmp_path / folder / name for folder in ("out", "fresh"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_beside_another_is_told_to_come_again(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:1]))
+    with locked(tmp_path / "out"):
+        with pytest.raises(TryAgainError, match="Another run"):
+            run_job(spec)
+        assert names(tmp_path / "out") == {"LOCK"}  # no report: that is the other one's
+    run_job(spec)
+
+
+def test_an_input_that_changes_during_the_run_publishes_nothing(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    path = nested(tmp_path / "in.parquet", rows, row_group_size=2)
+    spec = job(bundle("llama31"), tmp_path / "out", path)
+    stat = Path(path).stat()
+
+    def appended(_scorer: Scorer) -> Scorer:
+        with Path(path).open("ab") as file:
+            file.write(b"more")
+        os.utime(path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+        return _scorer
+
+    with small_shards(), scorer_wrapped(appended), pytest.raises(InputError) as caught:
+        run_job(spec)
+    assert caught.value.exit_code == 65
+    assert names(tmp_path / "out") <= WORK
+    assert report_of(tmp_path / "out")["exit_code"] == 65
+
+
+# Failures leave nothing but what is done.
 
 
 def assert_nothing_published(spec: JobSpec, kind: type[Exception], match: str) -> None:
@@ -680,11 +989,23 @@ def assert_nothing_published(spec: JobSpec, kind: type[Exception], match: str) -
     with pytest.raises(kind, match=match) as caught:
         run_job(spec)
     assert names(folder.parent) <= before | {folder.name}
-    if folder.exists():
-        assert names(folder) <= {"plan.json"}
+    assert names(folder) <= WORK
     assert not [t for t in threading.enumerate() if t.name.startswith("dear-batch")]
-    if isinstance(caught.value, DearBatchError):
-        assert caught.value.where
+    report = report_of(folder)
+    error = caught.value
+    assert report["status"] == "failed"
+    assert report["outputs"] == []
+    assert f"exit_code {report['exit_code']}" in (folder / "metrics.prom").read_text()
+    if isinstance(error, DearBatchError):
+        assert error.where
+        assert report["exit_code"] == error.exit_code
+        assert report["error"] == {
+            "what": error.what, "where": error.where, "valid": error.valid,
+            "next": error.next_step,
+        }  # fmt: skip
+    else:
+        assert report["exit_code"] == 1
+        assert str(error) in report["error"]["what"]
 
 
 @pytest.mark.parametrize("calls", [0, 7])
@@ -697,28 +1018,10 @@ def test_a_failure_while_scoring_publishes_nothing(
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows))
     with scorer_wrapped(lambda inner: Failing(inner, calls)):
         assert_nothing_published(spec, RuntimeError, "the device is gone")
+    assert report_of(tmp_path / "out")["phase"] == "pointwise"
+    assert report_of(tmp_path / "out")["shards"] == {"pointwise": {"total": 1, "done": 0}}
     run_job(spec)  # and the same command works once the device is back
-    assert names(tmp_path / "out") == PUBLISHED | {"quarantine.parquet"}
-
-
-def test_a_failed_rerun_leaves_the_old_run_and_no_report(
-    bundle: Make, tmp_path: Path, rows: list[Row]
-) -> None:
-    """One that is refused leaves everything."""
-    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:4]))
-    run_job(spec)
-    before = {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED}
-    with pytest.raises(ConfigurationError, match="another job"):
-        run_job(replace(spec, pointwise=replace(spec.pointwise, depth=3)))
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in PUBLISHED} == before
-    with (
-        scorer_wrapped(lambda inner: Failing(inner, 1)),
-        pytest.raises(RuntimeError, match="the device is gone"),
-    ):
-        run_job(spec)
-    del before["report.json"]
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
-    assert names(tmp_path / "out") == set(before)
+    assert names(tmp_path / "out") == PUBLISHED | QUARANTINE
 
 
 def test_a_damaged_page_in_the_middle_publishes_nothing(
@@ -755,9 +1058,23 @@ def test_an_output_below_a_file_is_refused(bundle: Make, tmp_path: Path, rows: l
         run_job(job(bundle("llama31"), Path(path) / "out", path))
 
 
-def test_a_refused_job_makes_no_folders(tmp_path: Path) -> None:
-    with pytest.raises(InputError):
-        run_job(job(tmp_path / "no-bundle", tmp_path / "a" / "b", str(tmp_path / "no.parquet")))
+def test_a_refused_job_leaves_why_and_the_folder_free(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    spec = job(bundle("llama31"), tmp_path / "out", str(tmp_path / "in.parquet"))
+    assert_nothing_published(spec, InputError, "in.parquet")
+    assert names(tmp_path / "out") == {"LOCK", "report.json", "metrics.prom"}
+    report = report_of(tmp_path / "out")
+    assert (report["exit_code"], report["phase"]) == (65, "check")
+    nested(tmp_path / "in.parquet", rows[:1])
+    assert run_job(spec)["status"] == "ok"
+    assert names(tmp_path / "out") == PUBLISHED
+
+
+def test_what_the_spec_gets_wrong_makes_no_folder(tmp_path: Path) -> None:
+    spec = job(tmp_path / "no-bundle", tmp_path / "out", str(tmp_path / "no.parquet"))
+    with pytest.raises(UsageError):
+        run_job(spec, stage="pointwise")
     assert names(tmp_path) == set()
 
 
@@ -774,20 +1091,22 @@ def test_a_job_makes_its_folder_and_those_above(
 def test_the_working_folder_may_be_the_output(
     bundle: Make, tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--output .`: its scratch lies beside it, on its disk, and not a level higher."""
+    """`--output .`: its scratch lies in it, so on its disk."""
     path = nested(tmp_path / "in.parquet", rows[:1])
     beside: list[Path] = []
+    real = planning.scratch_folder
 
     def seen(place: Path) -> AbstractContextManager[Path]:
-        beside.append(place)
-        return scratch_folder(place)
+        beside.append(place.absolute())
+        return real(place)
 
-    monkeypatch.setattr(local, "scratch_folder", seen)
+    monkeypatch.setattr(planning, "scratch_folder", seen)
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
     run_job(job(bundle("llama31"), Path(), path))
     assert names(tmp_path / "out") == PUBLISHED
-    assert [place.parent for place in beside] == [tmp_path]
+    assert [place.parent for place in beside] == [tmp_path / "out"]
+    assert names(tmp_path) == {"in.parquet", "out"}
 
 
 # Engines and recipes.

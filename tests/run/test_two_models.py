@@ -3,7 +3,6 @@
 What it is compared with takes one list at a time, without a job around it.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from dear_batch.listwise.ranker import ListwiseRanker
 from dear_batch.run.local import run_job
 from dear_batch.run.waves import Course, rerank
 from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec
-from tests.listwise.test_encoding import huggingface_tokenizer
 from tests.run.test_local import _rows, job, nested, run_lines
 
 pytestmark = pytest.mark.model
@@ -31,20 +29,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "chat": {"prompt": "rankllm-chat"},
     "reasoning": {"reasoning_tokens": 5},
 }
-
-
-@pytest.fixture(scope="module")
-def generator(
-    bundle: Callable[..., Path],
-    checkpoint: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A tiny random causal LM with Llama 3's chat template and the three tokens that it needs."""
-    model = tmp_path_factory.mktemp("models") / "chat"
-    sizes = {"max_position_embeddings": 2048, "vocab_size": 603}
-    shutil.copytree(checkpoint("llama31", causal=True, **sizes), model)
-    huggingface_tokenizer("llama31").save_pretrained(model)
-    return bundle("llama31", model=str(model))
 
 
 @pytest.fixture(scope="module")

@@ -245,6 +245,14 @@ def test_a_manifest_that_lacks_a_field(folder: Folder) -> None:
     edit(folder.path / "manifest.json", lambda fields: fields.pop("counts"))
     folder.success()
     assert "lacks something: KeyError('counts')" in only_fault(folder)
+    for text, match in (
+        ("[]", "no JSON object"),
+        ("{", "no JSON object"),
+        ('{"files": 5}', "lacks"),
+    ):
+        (folder.path / "manifest.json").write_text(text)
+        folder.success()
+        assert match in only_fault(folder)
 
 
 def test_quarantined_rows_that_are_not_the_counted_ones(folder: Folder) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dear_batch.data import Ranked, RankedList, Ranking, Reranked
 from dear_batch.listwise.windows import WindowRequest
-from dear_batch.run.waves import Course, rerank
+from dear_batch.run.waves import KILLS, Course, rerank
 from dear_batch.specs import ListwiseSpec
 from tests.run.fake_ranker import FakeRanker, slid
 
@@ -96,6 +96,25 @@ def test_progress_grows_to_one() -> None:
     assert shares[0] == pytest.approx(1 / 3)
     assert shares[-1] == 1
     assert rerank([], SPEC, FakeRanker(), shares.append) == []
+
+
+def test_lists_that_kill_are_not_shown_to_the_model() -> None:
+    ranker, shares = FakeRanker(), list[float]()
+    items = [ranked_list("a", 10), ranked_list("b", 3), ranked_list("c", 7)]
+    alone = [rerank([item], SPEC, FakeRanker())[0].ranking() for item in items]
+    courses = rerank(items, SPEC, ranker, shares.append, frozenset({0, 1}))
+    assert {r.window.qid for wave in ranker.requests for r in wave} == {"c"}
+    assert courses[2].ranking() == alone[2]
+    for item, course in zip(items[:2], courses, strict=False):
+        entries = entries_of(course)
+        assert [e.docid for e in entries] == [e.docid for e in item.ranking.entries]
+        assert {e.window_status for e in entries[:6]} == {"failed"}
+        assert {t.permutation.detail for t in course.transcripts} == {KILLS}
+        assert [t.permutation.status for t in course.transcripts] == ["failed"] * len(
+            course.windows
+        )
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
 
 
 def test_answers_that_are_too_many_are_a_bug() -> None:

@@ -3,8 +3,9 @@
 {"kind": …} of: poison (a document with `word` in it kills the process, where it is "scored" or
 "encoded"), nan (such a document gets NaN), memory (calls of more than `tokens` find no memory),
 hang (the engine sleeps for ever at call `call`, holding the GIL if `gil`), slow (each call takes
-`seconds`), swap (at call `call` the file `new` takes the place of `old`, by `rename` or not).
-`shard_bytes` makes shards small: jobs of production size have hundreds of them.
+`seconds`), queries (a window whose query holds `word` kills the process), swap (at call `call`
+the file `new` takes the place of `old`, by `rename` or not). `shard_bytes` makes shards small:
+jobs of production size have hundreds of them.
 """
 
 import json
@@ -38,6 +39,8 @@ class Saboteur:
             getattr(self, f"_{SABOTAGE.get('kind', 'nothing')}")(batch)
             return self._falsified(batch, score(scorer, batch))
 
+        if SABOTAGE.get("kind") == "queries":
+            _sabotage_ranker()
         recipe.PairEncoder.encode = sabotaged_encode
         onnx_scorer.PackedOnnxScorer.score = sabotaged_score
 
@@ -60,7 +63,7 @@ class Saboteur:
 
     def _nothing(self, _batch: Any) -> None: ...
 
-    _nan = _nothing
+    _nan = _queries = _nothing
 
     def _poison(self, batch: Any) -> None:
         if any(self._is_marked(batch)):
@@ -93,6 +96,26 @@ class Saboteur:
                 Path(SABOTAGE["new"]).replace(SABOTAGE["old"])
             else:
                 shutil.copyfile(SABOTAGE["new"], SABOTAGE["old"])
+
+
+def _sabotage_ranker() -> None:
+    from dear_batch.run import listwise
+
+    open_ranker = listwise.open_ranker
+
+    def sabotaged(*args: Any) -> Any:
+        ranker = open_ranker(*args)
+        rank = ranker.rank
+
+        def killing(requests: Any, done: Any) -> Any:
+            if any(SABOTAGE["word"] in request.query for request in requests):
+                _crash()
+            return rank(requests, done)
+
+        ranker.rank = killing
+        return ranker
+
+    listwise.open_ranker = sabotaged
 
 
 def _crash() -> None:
