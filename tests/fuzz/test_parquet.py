@@ -55,8 +55,12 @@ class Job:
         return len(layouts) == 1 and all(t.is_sound for t in self.tables) and not self.damage
 
 
-ROW = Row(b"q", b"query", ((b"d", None, b"text", 1.0),))
-KNOWN = (Job((Table("nested", (ROW,), extras=(("candidates.text", "string"),)),)),)
+ROW = Row(b"q", b"query", ((b"d", None, b"text", 1.0), (b"e", None, b"text", 1.0)))
+SMALL_PAGES = {"data_page_size": 1, "row_group_size": 1, "use_dictionary": True}
+KNOWN = (
+    Job((Table("nested", (ROW,), extras=(("candidates.text", "string"),)),)),
+    Job((Table("nested", (ROW, ROW), options=SMALL_PAGES),)),
+)
 
 
 @st.composite
