@@ -77,7 +77,9 @@ def _refuse_unusable(value: object, *, where: str) -> None:
     """Refuse what no path, file or counter can hold; other messages may then show any value."""
     if type(value) is int and not -(2**63) <= value < 2**63:
         raise UsageError("A number is too large.", where=where, valid="whole numbers of 64 bits")
-    if isinstance(value, str) and ("\0" in value or value.encode(errors="ignore").decode() != value):
+    if isinstance(value, str) and (
+        "\0" in value or value.encode(errors="ignore").decode() != value
+    ):
         raise UsageError(
             f"A value or key holds what is no text: {value!r}.",
             where=where,

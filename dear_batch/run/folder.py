@@ -205,9 +205,7 @@ def finished(folder: Path) -> Fields | None:
 
 
 def _is_told(path: Path, record: Fields | None) -> bool:
-    return record is None or (
-        hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"]
-    )
+    return record is None or (hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"])
 
 
 def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool = False) -> None:

@@ -87,7 +87,8 @@ def _report(folder: Path) -> Fields:
     found = read_json(folder / REPORT) or {}
     error = found.get("error")
     told = isinstance(found.get("status"), str) and (
-        error is None or (isinstance(error, dict) and all(isinstance(v, str) for v in error.values()))
+        error is None
+        or (isinstance(error, dict) and all(isinstance(v, str) for v in error.values()))
     )
     return found if told else {}
 

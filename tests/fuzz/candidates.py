@@ -79,7 +79,9 @@ class Table:
         needed += [fault for fault in self.faults if fault.column not in {"title", "score"}]
         # Arrow 26 then writes lists that it cannot read.
         small = self.options.get("use_dictionary") and self.options.get("data_page_size", 99) < 99
-        odd = small or self.layout == "nested" and any("candidates." in name for name, _ in self.extras)
+        odd = small or (
+            self.layout == "nested" and any("candidates." in name for name, _ in self.extras)
+        )
         return not needed and not odd and bool(self.records()) and self._is_text()
 
     def _is_text(self) -> bool:
@@ -239,7 +241,9 @@ def _array(values: Sequence[Any], kind: str) -> Any:
     if kind == "dictionary":
         coded = found.dictionary_encode()
         return pa.DictionaryArray.from_arrays(coded.indices, coded.dictionary.view(pa.string()))
-    return found.view({"large_string": pa.large_string(), "string": pa.string()}.get(kind, pa.string_view()))
+    return found.view(
+        {"large_string": pa.large_string(), "string": pa.string()}.get(kind, pa.string_view())
+    )
 
 
 def _whole(value: bytes | float | None) -> int | None:
@@ -268,7 +272,9 @@ def _extra(kind: str, rows: int) -> Any:
 
 
 def _docs() -> SearchStrategy[Doc]:
-    scores = st.none() | st.floats(-1e4, 1e4) | st.sampled_from([math.nan, math.inf, 1e300, 2.0**60])
+    scores = (
+        st.none() | st.floats(-1e4, 1e4) | st.sampled_from([math.nan, math.inf, 1e300, 2.0**60])
+    )
     docid = ids().map(raw) | st.none() | st.sampled_from([b"d\xff", b""])
     return st.tuples(
         st.one_of(*[ids().map(raw)] * 40, docid),

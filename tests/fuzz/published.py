@@ -1,6 +1,7 @@
 """Whether a published folder holds exactly what was read, read by parsers that are not ours."""
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def strict_run(path: Path, tag: str) -> Lists:
     for entries in lists.values():
         scores = [score for _, score in entries]
         assert np.isfinite(scores).all()
-        assert all(above > below for above, below in zip(scores, scores[1:], strict=False))
+        assert all(above > below for above, below in pairwise(scores))
         assert len({docid for docid, _ in entries}) == len(entries)
     return lists
 
@@ -46,7 +47,8 @@ def check_by_evaluators(path: Path, lists: Lists) -> None:
     }
     if lists:
         assert {q: {d: float(s) for d, s in entries} for q, entries in lists.items()} == {
-            q: {d: float(np.float32(s)) for d, s in docs.items()} for q, docs in read_run(path).items()
+            q: {d: float(np.float32(s)) for d, s in docs.items()}
+            for q, docs in read_run(path).items()
         }
     gains = {
         qid: {docid: len(entries) - i for i, (docid, _) in enumerate(entries)}

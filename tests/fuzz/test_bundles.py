@@ -1,8 +1,10 @@
 """Bundles of which a file was damaged: refused, or opened as what they were."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,8 +52,6 @@ def _sealed(content: bytes, seal: str) -> bytes:
         return content
     fields.pop(OWN, None)
     if seal == "of the new contents":
-        import hashlib
-
         blank = json.dumps({OWN: BLANK, **fields}, indent=2) + "\n"
         return blank.replace(BLANK, hashlib.sha256(blank.encode()).hexdigest(), 1).encode()
     return json.dumps(fields).encode()
@@ -83,16 +83,12 @@ def test_a_damaged_bundle_is_refused_or_what_it_was(
                 pass
             else:
                 if change.seal == SEALS[0]:
-                    assert replace(found.manifest, files={}) == replace(
-                        original.manifest, files={}
-                    )
+                    assert replace(found.manifest, files={}) == replace(original.manifest, files={})
                 assert all(
                     (folder / name).read_bytes() == (whole / name).read_bytes()
                     for name in found.manifest.files
                 )
-            try:
+            with suppress(TrustError, ConfigurationError):
                 show(inspect_path(folder))
-            except (TrustError, ConfigurationError):
-                pass
 
     effort.run(check, _changes(), known=KNOWN, few=40, share=0.08)

@@ -15,7 +15,20 @@ from dear_batch.show import show
 from tests.fuzz.effort import Effort
 from tests.fuzz.strategies import NASTY, Damage, damages, ids, raw
 
-SCORES = ("1", "0.5", "-0", "1e-46", "16777216", "16777217", "nan", "inf", "1e39", "1_0", "x", "\u0661")
+SCORES = (
+    "1",
+    "0.5",
+    "-0",
+    "1e-46",
+    "16777216",
+    "16777217",
+    "nan",
+    "inf",
+    "1e39",
+    "1_0",
+    "x",
+    "\u0661",
+)
 GRADES = ("0", "1", "2", "-1", "3", "2147483648", "-99", "+1", "1.0", "1_0", "\u0661", "", "x")
 ENDS = ("\n", "\r\n", "\r", "\n\n", "\x0b", "\x85", "\u2028", " \n")
 
@@ -51,7 +64,11 @@ def _texts(draw: st.DrawFn) -> Texts:
     if draw(st.booleans()):
         qrels = _lines(draw, [qid, st.just("0"), docid, grade], gap)
     else:
-        header = draw(st.sampled_from([b"query-id\tcorpus-id\tscore\n", b"\xef\xbb\xbfquery-id\tcorpus-id\tscore\n"]))
+        header = draw(
+            st.sampled_from(
+                [b"query-id\tcorpus-id\tscore\n", b"\xef\xbb\xbfquery-id\tcorpus-id\tscore\n"]
+            )
+        )
         qrels = header + _lines(draw, [qid, docid, grade], "\t")
     run = [qid, st.just("Q0"), docid, st.just("1"), score, st.just("t")]
     runs = [_lines(draw, run, gap) for _ in range(draw(st.integers(1, 2)))]

@@ -120,9 +120,7 @@ class Job:
 
 
 @pytest.fixture
-def job(
-    bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Job:
+def job(bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """Two stages over six queries in three shards, one candidate of which is set aside."""
     monkeypatch.setattr(plan, "LEAST_SHARD_BYTES", 8000)
     monkeypatch.setattr(plan, "SHARD_BYTES", 8000)
@@ -173,9 +171,8 @@ def test_a_damaged_folder_is_run_again_or_refused(
                 if "already_done" not in report:
                     assert _is_verified(folder)
                 if not set(changed) & set(UNSEEN) or case.restart:
-                    for name in ("run.trec", "results.parquet", "transcripts.parquet"):
-                        path = folder / name
-                        assert path.read_bytes() == (job.finished / name).read_bytes(), name
+                    for file in ("run.trec", "results.parquet", "transcripts.parquet"):
+                        assert (folder / file).read_bytes() == (job.finished / file).read_bytes()
             _look(folder)
             capsys.readouterr()
 

@@ -71,7 +71,18 @@ def toml(value: Any) -> str:
 def values() -> SearchStrategy[Any]:
     """Whatever TOML knows, and numbers beyond what anything holds."""
     numbers = [0, 1, -1, 2**31, 2**63, 10**30, 10**5000, 1e308, float("inf"), float("nan"), 0.5]
-    words = ["1%", "100%", "101%", "5.5%", "-1", "9" * 400 + "%", "\u0661%", "cuda:99", "cpu", "auto"]
+    words = [
+        "1%",
+        "100%",
+        "101%",
+        "5.5%",
+        "-1",
+        "9" * 400 + "%",
+        "\u0661%",
+        "cuda:99",
+        "cpu",
+        "auto",
+    ]
     # Python refuses to write integers of more than 4,300 digits, and to read them.
     leaves = st.one_of(
         st.sampled_from([number for number in numbers if number != 10**5000]),
@@ -82,8 +93,9 @@ def values() -> SearchStrategy[Any]:
     )
     return st.recursive(
         leaves,
-        lambda inner: st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3)
+        ),
         max_leaves=5,
     )
 
@@ -115,7 +127,9 @@ class Content:
 @st.composite
 def tables(draw: st.DrawFn, good: dict[str, Any]) -> dict[str, Any]:
     """Some of the real keys, a few of them with other values, and now and then another key."""
-    table = {key: good[key] for key in good if draw(st.integers(0, 4)) or key in {"paths", "folder"}}
+    table = {
+        key: good[key] for key in good if draw(st.integers(0, 4)) or key in {"paths", "folder"}
+    }
     for key in draw(st.lists(st.sampled_from(sorted(good)), max_size=2)):
         table[key] = draw(values())
     if not draw(st.integers(0, 5)):
@@ -151,7 +165,16 @@ def _damaged(draw: st.DrawFn, text: str) -> Content:
 
 
 JOB = b'[input]\npaths=["a"]\n[pointwise]\nbundle="b"\n[output]\nfolder="o"\n'
-KNOWN_JOBS = (Content(b"\xef\xbb\xbf" + JOB), Content(JOB.replace(b"\n", b"\r\n")))
+KNOWN_JOBS = (
+    Content(b"\xef\xbb\xbf" + JOB),
+    Content(JOB.replace(b"\n", b"\r\n")),
+    Content(JOB + b"[execution]\nrow_tokens = 1" + b"0" * 5000),
+    Content(JOB + b"[execution]\nrow_tokens = 0x1" + b"0" * 5000),
+    Content(JOB + b"[execution]\ndevice = 'cuda:" + b"9" * 5000 + b"'"),
+    Content(JOB.replace(b"[pointwise]", b"max_bad = '" + b"9" * 5000 + b"'\n[pointwise]")),
+    Content(JOB.replace(b"[pointwise]", b"max_bad = " + b"[" * 5000 + b"\n[pointwise]")),
+    Content(JOB.replace(b'"a"', b'"a\\u0000b"')),
+)
 KNOWN_EXPORTS = (Content(b""),)
 OPTIONS: tuple[dict[str, object], ...] = (
     {},
@@ -169,7 +192,7 @@ def test_a_job_file_is_a_spec_or_refused(effort: Effort, tmp_path: Path) -> None
             try:
                 spec = load_spec(path, JobSpec, options)
             except UsageError as error:
-                assert str(path) in error.where
+                assert str(path) in error.where  # noqa: PT017 - or it is a spec
             else:
                 assert spec.input.bad_allowed(100) >= 0
                 assert spec_from_json(json.loads(json.dumps(spec_to_json(spec)))) == spec
@@ -185,7 +208,7 @@ def test_an_export_file_is_a_spec_or_refused(effort: Effort, tmp_path: Path) -> 
         try:
             spec = load_spec(path, ExportSpec, {"precision": "fp32"})
         except UsageError as error:
-            assert str(path) in error.where
+            assert str(path) in error.where  # noqa: PT017 - or it is a spec
         else:
             assert spec.model or spec.adapter
 
