@@ -153,7 +153,19 @@ def _cases() -> st.SearchStrategy[Case]:
     )
 
 
-KNOWN: tuple[Case, ...] = ()
+PLAN, REPORT, MANIFEST, METRICS, LOCK = 0, 1, 2, 4, 5
+NOTHING = Damage("empty", 0.0)
+KNOWN = (
+    *(Case(None, (Change(PLAN, "damage", Damage("json shift", n / 40, 1)),)) for n in range(0, 40, 8)),
+    Case(None, (Change(REPORT, "damage", Damage("flip", 0.0, 1)),)),
+    Case(None, (Change(REPORT, "damage", Damage("json replace", 0.01, [])),)),
+    Case(None, (Change(MANIFEST, "damage", Damage("json remove", 0.99)),), restart=True),
+    Case(None, (Change(MANIFEST, "folder", NOTHING),)),
+    Case(None, (Change(METRICS, "folder", NOTHING), Change(MANIFEST, "remove", NOTHING))),
+    Case(None, (Change(LOCK, "folder", NOTHING),)),
+    Case(None, (Change(LOCK, "link", NOTHING),)),
+    Case(None, (Change(LOCK, "damage", Damage("nested", 0.0)),)),
+)
 
 
 def test_a_damaged_folder_is_run_again_or_refused(

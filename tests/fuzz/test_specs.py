@@ -140,12 +140,12 @@ def tables(draw: st.DrawFn, good: dict[str, Any]) -> dict[str, Any]:
 @st.composite
 def job_files(draw: st.DrawFn) -> Content:
     lines = []
-    for name in KEYS:
+    for name, good in KEYS.items():
         if not draw(st.integers(0, 8)):
             lines.insert(0, f"{name} = {toml(draw(values()))}")
         elif draw(st.integers(0, 6)):
             lines.append(f"[{name}]" if draw(st.integers(0, 9)) else f"[[{name}]]")
-            lines += [f"{json.dumps(k)} = {toml(v)}" for k, v in draw(tables(KEYS[name])).items()]
+            lines += [f"{json.dumps(k)} = {toml(v)}" for k, v in draw(tables(good)).items()]
     return _damaged(draw, "\n".join(lines))
 
 

@@ -297,3 +297,25 @@ def test_clearing_begins_with_the_end(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "unlink", unlink)
     clear(tmp_path, ["run.trec"])
     assert order == ["_SUCCESS", "manifest.json", "run.trec", "plan.json"]
+
+
+def test_a_plan_tells_of_any_change(tmp_path: Path) -> None:
+    plan = {"schema_version": 2, "outputs": [{"queries": 3}]}
+    write_plan(tmp_path, plan)
+    assert read_plan(tmp_path) == plan
+    path = tmp_path / "plan.json"
+    path.write_text(path.read_text().replace('"queries": 3', '"queries": 4'))
+    assert read_plan(tmp_path) is None
+
+
+def test_a_damaged_manifest_names_only_files_that_a_job_publishes() -> None:
+    names = ["run.trec", "plan.json", "LOCK", "../x.json", "..", "a\0.json", "results.parquet"]
+    assert names_in({"files": dict.fromkeys(names)}) == ["run.trec", "results.parquet"]
+    assert names_in({"files": names}) == names_in({}) == names_in(None) == []
+
+
+def test_a_folder_whose_report_was_changed_is_not_done(tmp_path: Path) -> None:
+    publish_by_hand(tmp_path)
+    text = (tmp_path / "report.json").read_bytes()
+    (tmp_path / "report.json").write_bytes(text[::-1])
+    assert finished(tmp_path) is None

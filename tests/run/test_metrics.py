@@ -133,3 +133,10 @@ def test_the_file_is_replaced_whole(tmp_path: Path) -> None:
         write_metrics(tmp_path, {}, success=False)
     assert (tmp_path / "metrics.prom").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.prom"]
+
+
+def test_a_damaged_time_of_success_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.prom"
+    path.write_text("dear_batch_last_success_timestamp_seconds 17x3\n")
+    write_metrics(tmp_path, REPORT, success=False)
+    assert "dear_batch_last_success_timestamp_seconds" not in parse(path.read_text())
