@@ -33,7 +33,8 @@ check: setup
 test: setup
 	$(BIN)/pytest -q
 
-# The long ones too; the last results are in benchmarks/results/
+# The long ones too; the last results are in benchmarks/results/. Of these, the fuzz tests take
+# DEAR_BATCH_FUZZ_SECONDS together (600) and begin at DEAR_BATCH_FUZZ_SEED (4), which they print.
 test-all: setup optimum
 	$(BIN)/pytest -q -m "not gpu"
 

@@ -156,7 +156,10 @@ def _cases() -> st.SearchStrategy[Case]:
 PLAN, REPORT, MANIFEST, METRICS, LOCK = 0, 1, 2, 4, 5
 NOTHING = Damage("empty", 0.0)
 KNOWN = (
-    *(Case(None, (Change(PLAN, "damage", Damage("json shift", n / 40, 1)),)) for n in range(0, 40, 8)),
+    *(
+        Case(None, (Change(PLAN, "damage", Damage("json shift", n / 40, 1)),))
+        for n in range(0, 40, 8)
+    ),
     Case(None, (Change(REPORT, "damage", Damage("flip", 0.0, 1)),)),
     Case(None, (Change(REPORT, "damage", Damage("json replace", 0.01, [])),)),
     Case(None, (Change(MANIFEST, "damage", Damage("json remove", 0.99)),), restart=True),

@@ -20,10 +20,12 @@ from dear_batch.run.folder import (
     clear,
     finished,
     locked,
+    names_in,
     read_json,
     read_plan,
     refuse_other_job,
     write_json,
+    write_plan,
 )
 
 
@@ -315,7 +317,14 @@ def test_a_damaged_manifest_names_only_files_that_a_job_publishes() -> None:
 
 
 def test_a_folder_whose_report_was_changed_is_not_done(tmp_path: Path) -> None:
-    publish_by_hand(tmp_path)
-    text = (tmp_path / "report.json").read_bytes()
-    (tmp_path / "report.json").write_bytes(text[::-1])
+    report = tmp_path / "report.json"
+    report.write_text('{"status": "ok"}')
+    sha256 = hashlib.sha256(report.read_bytes()).hexdigest()
+    write_json(
+        tmp_path / "manifest.json", {"files": {report.name: {"bytes": 16, "sha256": sha256}}}
+    )
+    sha256 = hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+    (tmp_path / "_SUCCESS").write_text(sha256 + "\n")
+    assert finished(tmp_path) is not None
+    report.write_text('{"status": "no"}')
     assert finished(tmp_path) is None

@@ -64,7 +64,7 @@ def test_a_commit_names_its_files_with_size_and_hash(ledger: Ledger) -> None:
     assert unsealed(fields) == asdict(made)
     assert set(fields) == {
         "schema_version", "stage", "shard", "fingerprint", "input_sha256", "files", "counts",
-        "attempt", "created",
+        "attempt", "created", "sha256",
     }  # fmt: skip
     assert fields["files"] == {
         "part": {"name": f"parts/{part.name}", **asdict(hash_file(part))},
