@@ -46,6 +46,8 @@ def open_parquet(path: str | Path) -> pq.ParquetFile:
 
 def _ends(path: Path) -> tuple[int, bytes, bytes]:
     """Size, first 4 bytes and last 8 of a file."""
+    if str(path).encode(errors="ignore").decode() != str(path):  # nor can a report name it
+        raise unreadable(ascii(str(path)), "has a name that is not UTF-8")
     if not path.exists():
         raise unreadable(path, "does not exist")
     if path.is_dir():

@@ -1,6 +1,7 @@
 """Reading and writing candidate lists: every accepted schema, every refused file, ranges."""
 
 import itertools
+import os
 import struct
 import subprocess
 import sys
@@ -553,3 +554,11 @@ def test_one_row_group_of_300_mb_is_streamed(tmp_path: Path) -> None:
     print(f"peak above baseline: {peak_mb} MB")  # noqa: T201 (shown with -s, kept by reports)
     assert (groups, candidates) == (1, 300_000)
     assert peak_mb < 200
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.parquet"))
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="not UTF-8") as caught:
+        open_input(path)
+    str(caught.value).encode()
