@@ -51,6 +51,7 @@ def load_spec(
         place = values.setdefault(table, {}) if table else values
         if isinstance(place, dict):  # else the loader says what should stand there
             place[name] = list(value) if isinstance(value, tuple) else value
+    _refuse_unusable(values, where=str(path or "command line"))
     return spec_from_dict(values, kind, where=str(path or "command line"))
 
 
@@ -68,8 +69,25 @@ def _read_toml(path: Path) -> dict[str, Any]:
             valid="a TOML file",
             next_step="candidates go to --input",
         ) from error
-    except tomllib.TOMLDecodeError as error:  # its text ends with the line and column
+    except (ValueError, RecursionError) as error:  # mostly its text ends with line and column
         raise UsageError(f"The spec is not valid TOML: {error}.", where=str(path)) from error
+
+
+def _refuse_unusable(value: object, *, where: str) -> None:
+    """Refuse what no path, file or counter can hold; other messages may then show any value."""
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise UsageError("A number is too large.", where=where, valid="whole numbers of 64 bits")
+    if isinstance(value, str) and (
+        "\0" in value or value.encode(errors="ignore").decode() != value
+    ):
+        raise UsageError(
+            f"A value or key holds what is no text: {value!r}.",
+            where=where,
+            valid="text without NUL, and names of files in UTF-8",
+        )
+    if isinstance(value, dict | list):
+        for item in (*value, *(value.values() if isinstance(value, dict) else ())):
+            _refuse_unusable(item, where=where)
 
 
 def spec_from_dict(

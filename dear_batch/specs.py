@@ -13,8 +13,8 @@ from typing import Literal, NoReturn
 
 from dear_batch.errors import UsageError
 
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_LIMIT = re.compile(r"(?P<count>\d+)|(?P<percent>\d+(\.\d+)?)%")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
+_LIMIT = re.compile(r"(?P<count>\d{1,18})|(?P<percent>\d{1,3}(\.\d{1,9})?)%")
 ALL = 100  # percent
 
 

@@ -90,9 +90,22 @@ def layout_of(schema: pa.Schema, path: str) -> tuple[Layout, frozenset[str]]:
         _check(schema, _QUERY_COLUMNS | _DOCUMENT_COLUMNS, path)
         return "flat", _check(schema, _OPTIONAL, path, required=False)
     _check(schema, _QUERY_COLUMNS | {"candidates": _CANDIDATES}, path)
+    _check_paths(schema.names, path)
     struct = schema.field("candidates").type.value_type
     _check(struct, _DOCUMENT_COLUMNS, path, within="candidates.")
     return "nested", _check(struct, _OPTIONAL, path, within="candidates.", required=False)
+
+
+def _check_paths(names: list[str], path: str) -> None:
+    """Parquet's own names of leaves do not tell a column with a dot from a field."""
+    for name in names:
+        if name.startswith("candidates."):
+            raise InputError(
+                f"Column {name!r} cannot be told from a field of 'candidates'.",
+                where=path,
+                valid=NESTED_FORM,
+                next_step="drop or rename the column",
+            )
 
 
 def _check(

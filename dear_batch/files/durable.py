@@ -21,6 +21,8 @@ _UNWRITABLE = frozenset(
         errno.EFBIG,
         errno.EIO,
         errno.EISDIR,
+        errno.ELOOP,
+        errno.EISDIR,
         errno.ELOOP,  # a link in the place of a file of ours
         errno.ENAMETOOLONG,
         errno.ENOSPC,

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ LOCK, PLAN, REPORT, MANIFEST = "LOCK", "plan.json", "report.json", "manifest.jso
 METRICS, SUCCESS = "metrics.prom", "_SUCCESS"
 # What a run that failed before it had a plan leaves.
 BEFORE_A_PLAN = frozenset({LOCK, REPORT, METRICS})
+SEAL = "sha256"
+_OURS = re.compile(r"[^/\\\0]+\.(?:json|parquet|trec)")
 Fields = dict[str, Any]
 
 
@@ -125,7 +128,7 @@ def read_json(path: Path) -> Fields | None:
     """The object in a JSON file, None where there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, RecursionError, OSError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -141,17 +144,49 @@ def write_json(path: Path, fields: Fields) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def sealed(fields: Fields) -> Fields:
+    """The fields of a file with their own hash, which tells of any changed byte."""
+    return {**fields, SEAL: _seal(fields)}
+
+
+def unsealed(fields: Fields) -> Fields | None:
+    """The fields without their hash, None where it is not theirs; some files have none."""
+    rest = {name: value for name, value in fields.items() if name != SEAL}
+    return rest if fields.get(SEAL) in {None, _seal(rest)} else None
+
+
+def _seal(fields: Fields) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def write_plan(folder: Path, fields: Fields) -> None:
+    """Write the plan of a folder.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    write_json(folder / PLAN, sealed(fields))
+
+
 def read_plan(folder: Path) -> Fields | None:
-    """The plan of a folder, None where there is none of this version."""
-    plan = read_json(folder / PLAN)
+    """The plan of a folder, None where there is none of this version that is whole."""
+    plan = unsealed(read_json(folder / PLAN) or {})
     return plan if plan and plan.get("schema_version") == SCHEMA_VERSION else None
+
+
+def names_in(manifest: Fields | None) -> list[str]:
+    """What a manifest, whole or not, names as published, so far as it is a name of ours."""
+    files = (manifest or {}).get("files")
+    if not isinstance(files, dict):
+        return []
+    return [name for name in files if _OURS.fullmatch(name) and name != PLAN]
 
 
 def finished(folder: Path) -> Fields | None:
     """The manifest of a folder that is done, else None.
 
     `_SUCCESS` holds its hash, and all files that it names are there in their size; what they
-    hold is `verify`'s affair.
+    hold is `verify`'s affair, but for the report, which is told again.
     """
     try:
         raw = (folder / MANIFEST).read_bytes()
@@ -163,7 +198,14 @@ def finished(folder: Path) -> Fields | None:
     except (OSError, ValueError):
         return None
     records = manifest["files"].items()
-    return manifest if all(sizes[name] == record["bytes"] for name, record in records) else None
+    whole = all(sizes[name] == record["bytes"] for name, record in records) and _is_told(
+        folder / REPORT, manifest["files"].get(REPORT)
+    )
+    return manifest if whole else None
+
+
+def _is_told(path: Path, record: Fields | None) -> bool:
+    return record is None or (hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"])
 
 
 def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool = False) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from dear_batch.bundle import FileRecord, hash_file
 from dear_batch.errors import OutputError
 from dear_batch.files.durable import linking, make_folder, remove
+from dear_batch.run.folder import sealed, unsealed
 
 SCHEMA_VERSION = 1
 STAGES = ("input", "regroup", "pointwise", "listwise")
@@ -136,7 +137,7 @@ class Ledger:
     def _link(self, path: Path, commit: Commit) -> bool:
         try:
             with linking(path) as temporary:
-                temporary.write_text(json.dumps(asdict(commit)) + "\n", encoding="utf-8")
+                temporary.write_text(json.dumps(sealed(asdict(commit))) + "\n", encoding="utf-8")
         except FileExistsError:
             return False
         return True
@@ -201,9 +202,9 @@ def temporaries(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path) -> Commit | None:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = unsealed(json.loads(path.read_text(encoding="utf-8"))) or {}
         files = {kind: Part(**part) for kind, part in fields["files"].items()}
         found = Commit(**{**fields, "files": files})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return None
     return found if found.schema_version == SCHEMA_VERSION else None

@@ -17,13 +17,12 @@ from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer, open_scorer
 from dear_batch.run import listwise, outcome, pointwise
 from dear_batch.run.folder import (
-    PLAN,
     check_folder,
     clear,
     finished,
     locked,
     refuse_other_job,
-    write_json,
+    write_plan,
 )
 from dear_batch.run.identity import asked, listwise_runtime, pointwise_runtime
 from dear_batch.run.inputs import Hashes, check_pins, recorded, recorded_of_source
@@ -272,7 +271,7 @@ class Job:
             "runtime": {**fields["runtime"], "listwise": None},
             "fingerprints": {**fields["fingerprints"], "listwise": None},
         }
-        write_json(self.ledger.folder / PLAN, fields)
+        write_plan(self.ledger.folder, fields)
         return fields
 
     def _with_runtime(
@@ -282,7 +281,7 @@ class Job:
         known = fields["runtime"][stage]
         if known is None:
             fields = with_runtime(fields, stage, runtime, before)
-            write_json(self.ledger.folder / PLAN, fields)
+            write_plan(self.ledger.folder, fields)
         else:
             refuse_other_job(self.ledger.folder, {"runtime": known}, {"runtime": runtime})
         return fields

@@ -46,9 +46,9 @@ def write_metrics(folder: Path, report: Mapping[str, Any], *, success: bool) -> 
 def _last_success(path: Path) -> float | None:
     try:
         found = _LAST.search(path.read_text(encoding="utf-8"))
+        return float(found[1]) if found else None
     except (OSError, ValueError):
         return None
-    return float(found[1]) if found else None
 
 
 def _lines(report: Mapping[str, Any], now: float, last: float | None) -> Iterator[str]:

@@ -12,6 +12,7 @@ from dear_batch.run.folder import (
     REPORT,
     OtherJobError,
     finished,
+    names_in,
     read_json,
     read_plan,
     write_json,
@@ -198,5 +199,4 @@ def published_by(folder: Path) -> list[str]:
     plan, end = read_plan(folder), read_json(folder / MANIFEST)
     stems = [output.stem for output in outline(plan)] if plan else ["run"]
     names = [name for stem in stems for name in published_names(stem).values()]
-    old = [name for name in (end or {}).get("files", {}) if "/" not in name]
-    return [*names, *old, QUARANTINE]
+    return [*names, *names_in(end), QUARANTINE]

@@ -25,7 +25,7 @@ from dear_batch.files.results import (
     merge_tables,
     published_names,
 )
-from dear_batch.run.folder import MANIFEST, REPORT, SUCCESS, read_json, write_json
+from dear_batch.run.folder import MANIFEST, REPORT, SUCCESS, names_in, read_json, write_json
 from dear_batch.run.ledger import Commit, Ledger
 
 SCHEMA_VERSION = 1
@@ -155,11 +155,11 @@ def _merge(staged: _Staged, output: Finished, tag: str) -> None:
 
 def _retract(folder: Path, names: set[str]) -> None:
     """Take back the end of an earlier run, and those of its files that have no successor."""
-    old = read_json(folder / MANIFEST) or {"files": {}}
+    old = names_in(read_json(folder / MANIFEST))
     remove(folder / SUCCESS)
     remove(folder / MANIFEST)
-    for name in old["files"]:
-        if name not in names and "/" not in name:
+    for name in old:
+        if name not in names:
             remove(folder / name)
 
 

@@ -110,7 +110,7 @@ def _said(raw: bytes) -> Fields:
     """The object in a JSON file, empty where it holds none: LOCK until its holder has written."""
     try:
         fields = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
 

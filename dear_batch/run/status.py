@@ -66,7 +66,7 @@ def status_of(folder: Path) -> Status:
             where=str(folder / PLAN),
             valid="the output folder of a job",
         )
-    report = read_json(folder / REPORT) or {}
+    report = _report(folder)
     state, error = _state(folder, plan, report, lock)
     known = _finished(folder, plan) if state == "done" else _so_far(folder, plan)
     return Status(
@@ -80,6 +80,17 @@ def status_of(folder: Path) -> Status:
         updated=_updated(folder),
         **known,
     )
+
+
+def _report(folder: Path) -> Fields:
+    """The report, as far as it can be one: until a job is done nothing vouches for it."""
+    found = read_json(folder / REPORT) or {}
+    error = found.get("error")
+    told = isinstance(found.get("status"), str) and (
+        error is None
+        or (isinstance(error, dict) and all(isinstance(v, str) for v in error.values()))
+    )
+    return found if told else {}
 
 
 def _state(
