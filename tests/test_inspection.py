@@ -226,11 +226,11 @@ def test_a_job_that_failed_is_shown_with_its_error(
 
 def test_a_job_that_failed_before_it_had_a_plan_is_shown(tmp_path: Path) -> None:
     spec = job(tmp_path / "no-bundle", tmp_path, tmp_path / "in.parquet")
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(InputError):
         run_job(spec)
     assert not (tmp_path / "out" / "plan.json").exists()
     text = shown(tmp_path / "out")
-    for expected in ("failed", "is not a bundle", "the phase check", "exit code 78"):
+    for expected in ("failed", "does not exist", "the phase check", "exit code 65"):
         assert expected in text
 
 

@@ -253,7 +253,7 @@ def _run(spec: "JobSpec", asked: Asked) -> Ended:
             stage=asked.stage,
             restart=asked.restart,
             advance=advance,
-            on_loss=partial(_report_loss, Path(folder)),
+            on_loss=partial(_report_loss, spec),
         )
     run_summary(ended.report, folder)
     fields = {"output": folder, **ended.report, "exit_code": ended.exit_code}
@@ -263,7 +263,7 @@ def _run(spec: "JobSpec", asked: Asked) -> Ended:
     return Ended(fields, ended.exit_code)
 
 
-def _report_loss(folder: Path, error: DearBatchError, phase: str) -> None:
+def _report_loss(spec: "JobSpec", error: DearBatchError, phase: str) -> None:
     """Report for a process that died or hung and could not; not over another run's head.
 
     One that did not get beyond its first check may have stood in another job's folder.
@@ -273,8 +273,8 @@ def _report_loss(folder: Path, error: DearBatchError, phase: str) -> None:
 
     if phase in {"start", "check"}:
         return
-    with suppress(DearBatchError), locked(folder):
-        report_failed(folder, error, phase)
+    with suppress(DearBatchError), locked(Path(spec.output.folder)):
+        report_failed(spec, error, phase)
 
 
 def _estimate(spec: "JobSpec", asked: Asked) -> Ended:

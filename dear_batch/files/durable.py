@@ -21,11 +21,11 @@ _UNWRITABLE = frozenset(
         errno.EFBIG,
         errno.EIO,
         errno.EISDIR,
-        errno.ELOOP,
-        errno.EISDIR,
         errno.ELOOP,  # a link in the place of a file of ours
         errno.ENAMETOOLONG,
+        errno.ENOLCK,  # a file system without locks, or without links
         errno.ENOSPC,
+        errno.ENOTSUP,
         errno.EPERM,
         errno.EROFS,
     }
@@ -123,6 +123,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         OutputError: the parent is read-only or full.
     """
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a link.", where=str(folder), valid="a folder of our own")
     with writing(folder):
         if not folder.is_dir():
             folder.mkdir(exist_ok=True)

@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from dear_batch.errors import ConfigurationError, OutputError, TryAgainError
-from dear_batch.files.durable import remove, replacing, sync, writing
+from dear_batch.files.durable import make_folder, remove, replacing, sync, writing
 
 SCHEMA_VERSION = 2
 LOCK, PLAN, REPORT, MANIFEST = "LOCK", "plan.json", "report.json", "manifest.json"
 METRICS, SUCCESS = "metrics.prom", "_SUCCESS"
 # What a run that failed before it had a plan leaves.
-BEFORE_A_PLAN = frozenset({LOCK, REPORT, METRICS})
+BEFORE_A_PLAN = frozenset({LOCK, PLAN, REPORT, METRICS, "parts", "commits", "quarantine"})
+# The names that only we give, in the folders of a job.
+PART_NAME = re.compile(r"\d{5}(-\d{12})?(-[0-9a-f]{12})?-[0-9a-f]{32}(\.[a-z]+)?\.parquet")
+COMMIT_NAME = re.compile(r"\d{5}(-\d{12})?\.json")
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{32}|[a-z0-9_]{8})\.tmp")
 SEAL = "sha256"
 _OURS = re.compile(r"[^/\\\0]+\.(?:json|parquet|trec)")
 Fields = dict[str, Any]
@@ -48,7 +52,7 @@ def check_folder(folder: Path) -> None:
     above = next(p for p in folder.absolute().parents if p.exists())
     if not above.is_dir():
         raise OutputError(f"The output {folder} cannot be made: {above} is not a folder.")
-    if folder.is_dir() and not (folder / PLAN).is_file():
+    if folder.is_dir() and not _has_our_plan(folder):
         foreign = sorted(path.name for path in folder.iterdir() if not _is_ours(path))
         if foreign:
             raise OutputError(
@@ -59,10 +63,19 @@ def check_folder(folder: Path) -> None:
             )
 
 
+def _has_our_plan(folder: Path) -> bool:
+    """Whether `plan.json` is a job's, or lies, damaged, beside a LOCK of ours."""
+    if not (folder / PLAN).is_file():
+        return False
+    plan, lock = read_json(folder / PLAN) or {}, read_json(folder / LOCK) or {}
+    return {"schema_version", "outputs"} <= plan.keys() or {"host", "pid"} <= lock.keys()
+
+
 def _is_ours(path: Path) -> bool:
-    """Whether a run that was killed before it had a plan left this."""
-    is_temporary = path.name.startswith(".") and path.name.endswith(".tmp")
-    return path.name in BEFORE_A_PLAN or is_temporary or path.name in {"parts", "commits"}
+    """Whether a run that was killed before it had a plan, or while it began anew, left this."""
+    if path.name == PLAN:  # another run has just written it, or it is not ours
+        return _has_our_plan(path.parent)
+    return path.name in BEFORE_A_PLAN or bool(TEMPORARY.fullmatch(path.name))
 
 
 @contextmanager
@@ -74,7 +87,9 @@ def locked(folder: Path) -> Iterator[None]:
         TryAgainError: another run holds the lock.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for part in [*reversed(folder.absolute().parents), folder.absolute()]:
+            if not part.exists():
+                make_folder(part)
     except OSError as error:
         raise OutputError(
             f"Cannot make the output folder {folder}: {error.strerror}.",
@@ -99,7 +114,8 @@ def _lock(folder: Path) -> int:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(path, flags, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with writing(path):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
             os.close(descriptor)
@@ -198,14 +214,10 @@ def finished(folder: Path) -> Fields | None:
     except (OSError, ValueError):
         return None
     records = manifest["files"].items()
-    whole = all(sizes[name] == record["bytes"] for name, record in records) and _is_told(
-        folder / REPORT, manifest["files"].get(REPORT)
-    )
-    return manifest if whole else None
-
-
-def _is_told(path: Path, record: Fields | None) -> bool:
-    return record is None or (hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"])
+    whole = all(sizes[name] == record["bytes"] for name, record in records)
+    report = manifest["files"].get(REPORT, {}).get("sha256")
+    told = hashlib.sha256((folder / REPORT).read_bytes()).hexdigest() == report
+    return manifest if whole and told else None
 
 
 def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool = False) -> None:
@@ -259,6 +271,6 @@ def _remove_files(folder: Path) -> None:
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 _remove_files(path)
-            elif path.suffix in {".json", ".parquet", ".tmp"}:
+            elif any(name.fullmatch(path.name) for name in (PART_NAME, COMMIT_NAME, TEMPORARY)):
                 path.unlink()
         sync(folder)

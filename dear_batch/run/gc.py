@@ -18,22 +18,22 @@ from dear_batch.errors import DearBatchError, TrustError, TryAgainError, UsageEr
 from dear_batch.files.durable import remove
 from dear_batch.files.results import published_names
 from dear_batch.run.folder import (
+    COMMIT_NAME,
     LOCK,
     MANIFEST,
     METRICS,
+    PART_NAME,
     PLAN,
     REPORT,
     SUCCESS,
+    TEMPORARY,
     locked,
     read_plan,
 )
-from dear_batch.run.ledger import FOLDERS, PART_NAME, STAGES, Ledger, discard
+from dear_batch.run.ledger import FOLDERS, STAGES, Ledger, discard
 from dear_batch.run.publish import QUARANTINE
 from dear_batch.run.published import holder, sealed_manifest
 
-_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{32}|[a-z0-9_]{8})\.tmp")
-# <shard>-<fingerprint>-<uuid>, as Ledger.new_file names them
-_COMMIT = re.compile(r"\d{5}(-\d{12})?\.json")
 _AGE = re.compile(r"(\d+)([hdw])")
 _SECONDS = {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 
@@ -176,12 +176,12 @@ def _is_ours(folder: Path, path: Path) -> bool:
     if path.is_symlink() or path.parent.is_symlink() or not path.exists():
         return False
     place = path.parent.relative_to(folder).parts
-    if _TEMPORARY.fullmatch(path.name):
+    if TEMPORARY.fullmatch(path.name):
         return True
     if not path.is_file():
         return False
     if place and place[0] == "commits":
-        return bool(_COMMIT.fullmatch(path.name))
+        return bool(COMMIT_NAME.fullmatch(path.name))
     return bool(place) and place[0] in FOLDERS and bool(PART_NAME.fullmatch(path.name))
 
 

@@ -65,6 +65,7 @@ def pointwise_runtime(bundle: Bundle, scorer: Scorer) -> Fields:
         "engine_version": _version(*PACKAGES[scorer.engine]),
         "tokenizers": _version("tokenizers"),
         "device": scorer.device.partition(":")[0],
+        "device_names": device_names(scorer.device),
         "precision": bundle.manifest.precision,
         "row_tokens": layout.row_tokens if layout.packed else None,
         "batch_tokens": layout.batch_tokens,
@@ -79,6 +80,7 @@ def listwise_runtime(ranker: Ranker) -> Fields:
         "transformers": _version("transformers"),
         "tokenizers": _version("tokenizers"),
         "device": ranker.device.partition(":")[0],
+        "device_names": device_names(ranker.device),
         "precision": ranker.precision,
     }
 
@@ -87,6 +89,15 @@ def asked(execution: ExecutionSpec) -> Fields:
     """What the user asked of the runtime of the first stage; `auto` takes any."""
     wanted = {"engine": execution.engine, "device": execution.device.partition(":")[0]}
     return {name: value for name, value in wanted.items() if value != "auto"}
+
+
+def device_names(device: str) -> list[str]:
+    """What GPUs this machine has, where one is used: other ones give other low bits."""
+    if device == "cpu":
+        return []
+    found = Path("/proc/driver/nvidia/gpus").glob("*/information")
+    lines = [line for path in found for line in path.read_text(errors="replace").splitlines()]
+    return sorted({line.partition(":")[2].strip() for line in lines if line.startswith("Model")})
 
 
 def _version(*packages: str) -> str | None:

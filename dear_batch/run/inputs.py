@@ -8,17 +8,18 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from dear_batch.errors import InputError
 from dear_batch.files.columns import Layout
-from dear_batch.files.parquet import InputFile
+from dear_batch.files.parquet import InputFile, open_input
 from dear_batch.run.ledger import Ledger
 
 _BLOCK = 1 << 20
+BEAT_S = 0.5  # between two signs of life while a hash is waited for
 _TAIL = 8  # length of the footer, magic
 
 
@@ -48,6 +49,20 @@ class Pin:
         return cls(file.path, found.st_size, found.st_mtime_ns, footer, file.n_rows, file.layout)
 
 
+def opened(path: str) -> tuple[InputFile, Pin]:
+    """Open an input and pin it; both are of the same file.
+
+    Raises:
+        InputError: as `open_input`, or it is being replaced at this moment.
+    """
+    before = Path(path).stat() if Path(path).exists() else None
+    file = open_input(path)
+    pin = Pin.of(file)
+    if before is None or _state_of(before) != _state(path):
+        raise changed(path, "it is being written")
+    return file, pin
+
+
 def _footer_sha256(path: str) -> str:
     with Path(path).open("rb") as file:
         file.seek(-_TAIL, os.SEEK_END)
@@ -70,8 +85,10 @@ class Hashes:
     A context manager; leaving it ends the thread.
     """
 
-    def __init__(self, pins: Sequence[Pin], ledger: Ledger) -> None:
-        self._pins, self._ledger = pins, ledger
+    def __init__(
+        self, pins: Sequence[Pin], ledger: Ledger, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self._pins, self._ledger, self._beat = pins, ledger, beat
         self._over = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="dear-batch-hash")
         self._found: list[Future[tuple[str, tuple[int, ...]]]] = []
@@ -92,6 +109,9 @@ class Hashes:
         Raises:
             InputError: the input changed since it was planned.
         """
+        while not self._found[number].done():
+            wait([self._found[number]], timeout=BEAT_S)
+            self._beat()
         sha256, state = self._found[number].result()
         if _state(self._pins[number].path) != state:
             self._check_again(number, sha256)
@@ -133,6 +153,8 @@ class Hashes:
         self._found[number].set_result((sha256, state))
 
     def _check(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._beat()
         if self._over.is_set():
             raise InterruptedError
 
@@ -169,9 +191,12 @@ def changed(path: str, why: str) -> InputError:
 
 def _state(path: str) -> tuple[int, ...]:
     try:
-        found = Path(path).stat()
+        return _state_of(Path(path).stat())
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def _state_of(found: os.stat_result) -> tuple[int, ...]:
     return (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
 
 

@@ -5,7 +5,6 @@ link that never replaces, names them with size and hash. Knows nothing of what a
 """
 
 import json
-import re
 import shutil
 import stat
 import uuid
@@ -19,12 +18,11 @@ from typing import Any
 from dear_batch.bundle import FileRecord, hash_file
 from dear_batch.errors import OutputError
 from dear_batch.files.durable import linking, make_folder, remove
-from dear_batch.run.folder import sealed, unsealed
+from dear_batch.run.folder import PART_NAME, TEMPORARY, sealed, unsealed
 
 SCHEMA_VERSION = 1
 STAGES = ("input", "regroup", "pointwise", "listwise")
 FOLDERS = ("parts", "quarantine")
-PART_NAME = re.compile(r"\d{5}(-\d{12})?(-[0-9a-f]{12})?-[0-9a-f]{32}(\.[a-z]+)?\.parquet")
 Counts = Mapping[str, Any]
 
 
@@ -197,7 +195,7 @@ def temporaries(folder: Path) -> Iterator[Path]:
     places = [folder, *(folder / place for place in FOLDERS), folder / "commits"]
     places += [folder / "commits" / stage for stage in STAGES]
     for place in places:
-        yield from sorted(place.glob(".*.tmp"))
+        yield from sorted(p for p in place.glob(".*.tmp") if TEMPORARY.fullmatch(p.name))
 
 
 def _read(path: Path) -> Commit | None:

@@ -96,6 +96,7 @@ class Stage:
     fingerprint: str
     watch: Watch
     poison: Poison
+    intact: Callable[[], None]  # raises where the bundle changed while it was in use
 
     def run(self, todo: Sequence[Group], done: int, total: int) -> list[Commit]:
         """Re-rank and commit shards; `done` of `total` queries are committed already."""
@@ -123,6 +124,7 @@ class Stage:
         tally.memory_backoffs = self.ranker.memory_backoffs - before
         if tally.queries != group.queries:
             raise AssertionError(f"{tally.queries} queries of {group.queries} were re-ranked")
+        self.intact()
         return self.ledger.commit(
             STAGE,
             group.key,

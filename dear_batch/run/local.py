@@ -21,6 +21,7 @@ from dear_batch.run.folder import (
     clear,
     finished,
     locked,
+    read_plan,
     refuse_other_job,
     write_plan,
 )
@@ -83,7 +84,7 @@ def run_job(
         try:
             return job.run(restart=restart)
         except Exception as error:
-            outcome.failed(folder, error, job.phase)
+            outcome.failed(spec, error, job.phase)
             raise
 
 
@@ -111,13 +112,26 @@ class Job:
         self._begin("check")
         for path in temporaries(folder):
             discard(path)
-        if restart:
-            clear(folder, outcome.published_by(folder))
         wanted = wanted_now(self.spec, self.stage, folder)
-        manifest = finished(folder)
-        if manifest and self._is_done(manifest, wanted):
+        if restart:
+            self._forget()
+        elif (manifest := finished(folder)) and self._is_done(manifest, wanted):
             return outcome.again(self.spec, folder)
         return self._work(wanted)
+
+    def _forget(self) -> None:
+        """Begin anew, once nothing that can be seen now speaks against it.
+
+        Where the second stage runs alone, what was published stays until it is whole.
+        """
+        execution, folder = self.spec.execution, self.ledger.folder
+        if self.stage == "listwise":
+            self.ledger.drop(listwise.STAGE)
+            return
+        open_bundle(self.spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid)
+        if self.spec.listwise and self.stage == "all":
+            listwise.prepare(self.spec.listwise, execution.device, paranoid=execution.paranoid)
+        clear(folder, outcome.published_by(folder))
 
     def _begin(self, phase: str) -> None:
         self.phase = phase
@@ -139,6 +153,9 @@ class Job:
             refuse_other_job(
                 self.ledger.folder, {"runtime": recorded_runtime}, {"runtime": runtime}
             )
+        if self.stage == "pointwise":  # asked for again, because a second stage lacks a part
+            fields = read_plan(self.ledger.folder)
+            return fields is not None and len(self._kept(fields)) == n_shards(fields)
         return True
 
     def _work(self, wanted: Wanted) -> Fields:
@@ -168,9 +185,12 @@ class Job:
         """The commits of the first stage that hold."""
         fingerprint = fields["fingerprints"]["pointwise"]
         found: Commits = {}
+        hashes: dict[tuple[int, ...], str | None] = {}
         if fingerprint:
             for shard in (shard for output in outline(fields) for shard in output.shards):
-                known = recorded_of_source(self.ledger, shard.inputs)
+                if shard.inputs not in hashes:
+                    hashes[shard.inputs] = recorded_of_source(self.ledger, shard.inputs)
+                known = hashes[shard.inputs]
                 commit = known and self.ledger.kept(pointwise.STAGE, shard.key, fingerprint, known)
                 if commit:
                     found[shard.key] = commit
@@ -186,18 +206,18 @@ class Job:
             listwise.prepare(self.spec.listwise, execution.device, paranoid=execution.paranoid)
         if len(commits) == n_shards(fields):
             return fields, commits
+        plan = plan or plan_again(fields, wanted, self.ledger, self.watch)
+        check_space(self.spec, plan)
         self._begin("load")
         with self.clock.timed("load"):
             bundle, encoder, scorer = load_pointwise(self.spec)
         fields = self._with_runtime(fields, pointwise.STAGE, pointwise_runtime(bundle, scorer))
-        plan = plan or plan_again(fields, wanted, self.ledger, self.watch)
-        check_space(self.spec, plan)
         todo = [(source, shard) for source, shard in plan.shards if shard.key not in commits]
         total = sum(output.n_queries for output in plan.outputs)
         done = total - sum(shard.n_queries for _, shard in todo)
         self._begin(pointwise.STAGE)
         self.watch.advance(pointwise.STAGE, done, total)
-        with Hashes(wanted.pins, self.ledger) as hashes:
+        with Hashes(wanted.pins, self.ledger, self.watch.check) as hashes:
             stage = pointwise.Stage(
                 self.spec,
                 plan,
@@ -209,10 +229,10 @@ class Job:
                 self.watch,
                 self.poison,
                 self.careful,
+                bundle.check_unchanged,
             )
             new = {commit.shard: commit for commit in stage.run(todo, done, total)}
             hashes.check()
-        bundle.check_unchanged()  # weights may have been read from the disk all the while
         return fields, commits | new
 
     def _stage_two(
@@ -244,14 +264,13 @@ class Job:
             fields["fingerprints"][listwise.STAGE],
             self.watch,
             self.poison,
+            bundle.check_unchanged,
         )
         todo = [group for group in flat if group.key not in kept]
         total = sum(group.queries for group in flat)
         done = total - sum(group.queries for group in todo)
         self.watch.advance(listwise.STAGE, done, total)
-        new = {commit.shard: commit for commit in stage.run(todo, done, total)}
-        bundle.check_unchanged()
-        return fields, kept | new
+        return fields, kept | {commit.shard: commit for commit in stage.run(todo, done, total)}
 
     def _kept_listwise(self, fields: Fields, groups: list[listwise.Group]) -> Commits:
         fingerprint = fields["fingerprints"]["listwise"]
@@ -315,6 +334,7 @@ class Job:
             beat=self.watch.check,
         )
         outcome.record(folder, report)
+        self.ledger.drop("regroup")
         for path in [*self.ledger.orphans()]:
             discard(path)
         return report

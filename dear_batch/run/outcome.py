@@ -5,11 +5,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dear_batch.errors import EXIT_INCOMPLETE, DearBatchError, OutputError
+from dear_batch.errors import EXIT_INCOMPLETE, DearBatchError, OutputError, bug
 from dear_batch.files.results import published_names
+from dear_batch.log import error_parts
 from dear_batch.run.folder import (
     MANIFEST,
+    METRICS,
     REPORT,
+    SUCCESS,
     OtherJobError,
     finished,
     names_in,
@@ -133,7 +136,8 @@ def manifest(
 
 def record(folder: Path, found: Fields) -> None:
     """Let a monitoring system and later estimates know of a job that published."""
-    write_metrics(folder, found, success=True)
+    with suppress(OutputError):  # the job is published, and stays so
+        write_metrics(folder, found, success=True)
     shards = found["shards"]["pointwise"]
     if found["tokens_per_second"] and shards["kept"] < shards["done"]:
         rate = found["tokens_per_second"]
@@ -146,17 +150,26 @@ def record(folder: Path, found: Fields) -> None:
 
 
 def again(spec: JobSpec, folder: Path) -> Fields:
-    """The report of a job that was done before; nothing changes."""
+    """The report of a job that was done before; nothing changes.
+
+    But for metrics that a death between the end of the job and theirs kept back.
+    """
     found = read_json(folder / REPORT) or {}
-    return {**found, **_end(spec, found), "already_done": True}
+    found |= _end(spec, found)
+    metrics, success = folder / METRICS, folder / SUCCESS
+    if not metrics.exists() or metrics.stat().st_mtime_ns < success.stat().st_mtime_ns:
+        with suppress(OutputError):
+            write_metrics(folder, found, success=True)
+    return {**found, "already_done": True}
 
 
-def failed(folder: Path, error: Exception, phase: str) -> None:
+def failed(spec: JobSpec, error: Exception, phase: str) -> None:
     """Report a job that did not end well, unless the folder is another's, or done.
 
     A disk that is full keeps no report; the error that is on its way says why.
     """
-    if isinstance(error, OtherJobError) or finished(folder):
+    folder = Path(spec.output.folder)
+    if isinstance(error, OtherJobError) or _is_another(spec, folder) or finished(folder):
         return
     found: Fields = {
         "schema_version": SCHEMA_VERSION,
@@ -172,11 +185,18 @@ def failed(folder: Path, error: Exception, phase: str) -> None:
         write_metrics(folder, found, success=False)
 
 
+def _is_another(spec: JobSpec, folder: Path) -> bool:
+    """Whether the plan that lies there asks for something else, so far as that is seen early."""
+    plan = read_plan(folder)
+    if plan is None:
+        return False
+    asked = {"depth": spec.pointwise.depth, "interpolate": spec.pointwise.interpolate}
+    output = {"tag": spec.output.tag, "run_per_input": spec.output.run_per_input}
+    return (plan["job"]["pointwise"], plan["job"]["output"]) != (asked, output)
+
+
 def _described(error: Exception) -> dict[str, str]:
-    if isinstance(error, DearBatchError):
-        names = {"what": error.what, "where": error.where, "valid": error.valid}
-        return {**names, "next": error.next_step}
-    return {"what": f"{type(error).__name__}: {error}", "where": "", "valid": "", "next": ""}
+    return error_parts(error if isinstance(error, DearBatchError) else bug(error))
 
 
 def _so_far(folder: Path) -> Fields:

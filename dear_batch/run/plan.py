@@ -17,6 +17,7 @@ from dear_batch.errors import InputError, UsageError
 from dear_batch.files.parquet import InputFile, RowReader, open_input, qid_runs
 from dear_batch.files.places import Places
 from dear_batch.files.regroup import distinct_qids, regroup, repeated_qids
+from dear_batch.files.results import published_names
 from dear_batch.run.admission import can_be_scored
 from dear_batch.specs import JobSpec
 
@@ -25,6 +26,8 @@ from dear_batch.specs import JobSpec
 SHARD_BYTES = 16 << 20
 LEAST_SHARD_BYTES = 512 << 10
 SHARDS = 256  # aimed at between these bounds
+
+LONGEST_NAME = 255 - len("..tmp") - 33  # of an output: beside it a temporary file has room
 
 Regroup = Callable[[int, Sequence[str]], Path]  # (number of the output, its files)
 
@@ -85,7 +88,7 @@ def open_inputs(spec: JobSpec) -> tuple[InputFile, ...]:
             first-stage scores.
     """
     files = tuple(open_input(path) for path in expand(spec.input.paths))
-    _check_together(files, spec)
+    check_together(files, spec)
     return files
 
 
@@ -120,9 +123,24 @@ def plan_job(
             where=", ".join(sorted({stem for stem in stems if stems.count(stem) > 1})),
             valid="one file name an input with --run-per-input",
         )
+    _check_names(stems)
     planner = _Planner(found, scratch, regrouped or _regroup_into(scratch, beat), beat)
     outputs = (planner.output(stem, group) for stem, group in zip(stems, groups, strict=True))
     return Plan(found, tuple(outputs))
+
+
+def _check_names(stems: Sequence[str]) -> None:
+    """Refuse outputs that could not be given their names in the end."""
+    longest = max((name for stem in stems for name in published_names(stem).values()), key=_bytes)
+    if _bytes(longest) > LONGEST_NAME:
+        raise UsageError(
+            f"The name of an output is too long: {longest}.",
+            valid=f"names of inputs that make names of outputs of up to {LONGEST_NAME} bytes",
+        )
+
+
+def _bytes(name: str) -> int:
+    return len(os.fsencode(name))
 
 
 def _regroup_into(scratch: Path, beat: Callable[[], None]) -> Regroup:
@@ -163,7 +181,12 @@ def is_there(path: str) -> bool:
     return os.access(path, os.F_OK)
 
 
-def _check_together(files: tuple[InputFile, ...], spec: JobSpec) -> None:
+def check_together(files: Sequence[InputFile], spec: JobSpec) -> None:
+    """See that inputs go together.
+
+    Raises:
+        InputError: mixed layouts, or interpolation without first-stage scores.
+    """
     layouts = {file.layout for file in files}
     if len(layouts) > 1:
         nested = next(file.path for file in files if file.layout == "nested")

@@ -12,17 +12,17 @@ from typing import Any
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import ConfigurationError
 from dear_batch.files.durable import scratch_folder
-from dear_batch.files.parquet import InputFile, grouped, open_input
+from dear_batch.files.parquet import InputFile, grouped
 from dear_batch.files.regroup import regroup
 from dear_batch.run.folder import PLAN, SCHEMA_VERSION, read_plan, refuse_other_job
 from dear_batch.run.identity import digest, job_fields, listwise_settings
-from dear_batch.run.inputs import Pin, hash_blocks, joined, record, recorded_of_source
+from dear_batch.run.inputs import Pin, hash_blocks, joined, opened, record, recorded_of_source
 from dear_batch.run.ledger import Ledger
 from dear_batch.run.plan import (
     Plan,
+    check_together,
     expand,
     is_there,
-    open_inputs,
     outputs_from_json,
     outputs_to_json,
     plan_job,
@@ -83,8 +83,8 @@ def wanted_now(spec: JobSpec, stage: str, folder: Path) -> Wanted:
         return Wanted(
             {**job_fields(spec, pins, sha256), "text_depth": depth}, settings, pins, files
         )
-    files = open_inputs(spec)
-    pins = tuple(map(Pin.of, files))
+    files, pins = _opened(expand(spec.input.paths))
+    check_together(files, spec)
     sha256 = open_bundle(spec.pointwise.bundle, task="pointwise", verify=False).sha256
     listwise = _settings(spec.listwise, stage) if spec.listwise else None
     return Wanted(job_fields(spec, pins, sha256), listwise, pins, files)
@@ -114,9 +114,13 @@ def _pins_left(spec: JobSpec, found: Fields) -> tuple[tuple[Pin, ...], tuple[Inp
     """The planned inputs where those that are there are unchanged, else the ones there."""
     planned = tuple(Pin(**fields) for fields in found["job"]["inputs"])
     left = tuple(pin for pin in planned if is_there(pin.path))
-    files = tuple(map(open_input, expand(spec.input.paths, may_be_gone=True)))
-    now = tuple(map(Pin.of, files))
+    files, now = _opened(expand(spec.input.paths, may_be_gone=True))
     return (planned, files) if now == left else (now, files)
+
+
+def _opened(paths: Sequence[str]) -> tuple[tuple[InputFile, ...], tuple[Pin, ...]]:
+    both = [opened(path) for path in paths]
+    return tuple(file for file, _ in both), tuple(pin for _, pin in both)
 
 
 def no_stage_one(folder: Path) -> ConfigurationError:
@@ -136,12 +140,18 @@ def fitting_plan(folder: Path, wanted: Wanted, stage: str) -> Fields | None:
         ConfigurationError: it is another job's.
     """
     found = read_plan(folder)
-    if found is None and not (folder / PLAN).is_file():
+    if found is None:
+        if (folder / PLAN).is_file():
+            raise ConfigurationError(
+                f"The plan of {folder} is damaged, or of another version of dear-batch.",
+                where=str(folder / PLAN),
+                next_step="begin anew with --restart, or choose another --output",
+            )
         return None
     compared: Fields = {"job": wanted.job, "listwise": wanted.listwise}
-    if stage != "all" and found and found["listwise"]:  # one stage leaves or replaces the other's
+    if stage != "all" and found["listwise"]:  # one stage leaves or replaces the other's
         compared["listwise"] = found["listwise"]
-    refuse_other_job(folder, found or {}, compared, again=stage == "all")
+    refuse_other_job(folder, found, compared, again=stage == "all")
     return found
 
 
@@ -151,6 +161,7 @@ def new_plan(spec: JobSpec, wanted: Wanted, ledger: Ledger, watch: Watch) -> tup
     Raises:
         InputError, UsageError, OutputError: see `plan_job`.
     """
+    _forget_others(wanted, ledger)
     with scratch_folder(ledger.folder / "plan") as scratch:
         regrouped = _Regrouped(wanted, ledger, watch)
         plan = plan_job(
@@ -165,6 +176,19 @@ def new_plan(spec: JobSpec, wanted: Wanted, ledger: Ledger, watch: Watch) -> tup
         "fingerprints": nothing,
         "outputs": outputs_to_json(plan),
     }
+
+
+def _forget_others(wanted: Wanted, ledger: Ledger) -> None:
+    """Drop what was noted of inputs for a plan that never was, where they are not these."""
+    known = (ledger.found("input", f"{number:05d}") for number in range(len(wanted.pins)))
+    for commit, pin in zip(known, wanted.pins, strict=True):
+        if commit and (commit.fingerprint, commit.counts["path"]) != (
+            pin.footer_sha256,
+            pin.path,
+        ):
+            ledger.drop("input")
+            ledger.drop("regroup")
+            return
 
 
 def plan_again(fields: Fields, wanted: Wanted, ledger: Ledger, watch: Watch) -> Plan:

@@ -58,6 +58,7 @@ class Stage:
     watch: Watch
     poison: Poison
     careful: bool
+    intact: Callable[[], None]  # raises where the bundle changed while it was in use
 
     def run(self, todo: Sequence[Todo], done: int, total: int) -> list[Commit]:
         """Score and commit shards; `done` of `total` queries are committed already."""
@@ -144,6 +145,7 @@ class Stage:
         if set_aside:
             files["quarantine"] = self.ledger.new_file("quarantine", shard.key)
             write_quarantine(files["quarantine"], set_aside)
+        self.intact()
         return self.ledger.commit(
             STAGE,
             shard.key,

@@ -157,10 +157,10 @@ def _retract(folder: Path, names: set[str]) -> None:
     """Take back the end of an earlier run, and those of its files that have no successor."""
     old = names_in(read_json(folder / MANIFEST))
     remove(folder / SUCCESS)
-    remove(folder / MANIFEST)
     for name in old:
         if name not in names:
             remove(folder / name)
+    remove(folder / MANIFEST)
 
 
 def _conclude(folder: Path, names: Sequence[str], manifest: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ from dear_batch.specs import JobSpec, ListwiseSpec
 from tests.run import fake_job
 from tests.run.fake_parent import spec_of
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60  # of anything waited for here; a loaded machine is slow
 
@@ -637,7 +639,7 @@ def test_a_parent_that_is_killed_leaves_no_probe(start: Callable[..., Parent]) -
 def test_without_help_of_the_kernel_the_end_of_stdin_ends_the_child(environment: Path) -> None:
     code = "import sys; sys.platform = 'other'; import dear_batch.run.worker as w; w.main()"
     request = {"parent": os.getpid(), "job": {"spec": spec_to_json(spec_of(str(environment)))}}
-    request["job"] |= {"stage": "all", "restart": False, "poison": {}}
+    request["job"] |= {"stage": "all", "restart": False, "careful": False, "poison": {}}
     worker = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
