@@ -17,7 +17,7 @@ from dear_batch.bundle import open_bundle
 from dear_batch.errors import ConfigurationError, InputError
 from dear_batch.inspection import inspect_path
 from dear_batch.run import local
-from dear_batch.run.folder import locked
+from dear_batch.run.folder import locked, write_plan
 from dear_batch.run.local import run_job
 from dear_batch.specs import InputSpec, JobSpec, ListwiseSpec, OutputSpec, PointwiseSpec
 from tests.run.fake_ranker import install, listwise_bundle
@@ -240,7 +240,7 @@ def folder(tmp_path: Path) -> Folder:
     made.plan()
     plan = json.loads((made.path / "plan.json").read_text())
     plan["job"] |= {"bundle_sha256": "0" * 64, "pointwise": {"depth": 100}}
-    (made.path / "plan.json").write_text(json.dumps(plan))
+    write_plan(made.path, {k: v for k, v in plan.items() if k != "sha256"})
     return made
 
 
@@ -270,7 +270,7 @@ def test_many_inputs_fit_on_a_screen(folder: Folder) -> None:
     pin = plan["job"]["inputs"][0]
     plan["job"]["inputs"] = [{**pin, "path": f"{i}.parquet"} for i in range(1200)]
     plan["outputs"] = [{**plan["outputs"][0], "stem": f"{i}"} for i in range(1200)]
-    (folder.path / "plan.json").write_text(json.dumps(plan))
+    write_plan(folder.path, {k: v for k, v in plan.items() if k != "sha256"})
     text = shown(folder.path)
     assert "0.parquet, 1.parquet, 2.parquet and 1,197 more" in text
     assert "0.trec, 1.trec, 2.trec and 1,197 more" in text

@@ -166,9 +166,9 @@ def sealed(fields: Fields) -> Fields:
 
 
 def unsealed(fields: Fields) -> Fields | None:
-    """The fields without their hash, None where it is not theirs; some files have none."""
+    """The fields without their hash, None where it is not theirs."""
     rest = {name: value for name, value in fields.items() if name != SEAL}
-    return rest if fields.get(SEAL) in {None, _seal(rest)} else None
+    return rest if fields.get(SEAL) == _seal(rest) else None
 
 
 def _seal(fields: Fields) -> str:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
+from dear_batch.run.folder import sealed
 from dear_batch.run.report import Tally
 
 FINGERPRINT = "ab" * 32
@@ -78,7 +79,7 @@ class Folder:
             },
             "outputs": [{"stem": "run", "queries": 4, "sources": [source]}],
         }
-        dump(self.path / "plan.json", fields)
+        dump(self.path / "plan.json", sealed(fields))
 
     def commit(self, number: int, stage: str = "pointwise", **changed: Any) -> Path:
         key = KEYS[number]
@@ -103,7 +104,7 @@ class Folder:
             **changed,
         }
         path = self.path / "commits" / stage / f"{key}.json"
-        dump(path, fields)
+        dump(path, sealed(fields))
         return path
 
     def lock(self, host: str = "elsewhere", pid: int = 1) -> Path:

@@ -53,9 +53,10 @@ def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_run_without_a_plan_left_is_ours(tmp_path: Path) -> None:
-    for name in ("LOCK", "report.json", "metrics.prom", ".plan.json.0123.tmp"):
+    temporary = f".plan.json.{'0' * 32}.tmp"
+    for name in ("LOCK", "report.json", "metrics.prom", temporary):
         (tmp_path / name).touch()
-    for name in ("parts", "commits", ".plan.x.tmp"):
+    for name in ("parts", "commits", "quarantine", ".plan.ab12_xyz.tmp"):
         (tmp_path / name).mkdir()
     check_folder(tmp_path)
     (tmp_path / "manifest.json").touch()
@@ -64,10 +65,23 @@ def test_what_a_run_without_a_plan_left_is_ours(tmp_path: Path) -> None:
     assert caught.value.where == "manifest.json"
 
 
-def test_a_folder_with_a_plan_is_ours_whatever_else_is_in_it(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").touch()
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_folder_with_a_plan_is_ours_whatever_else_is_in_it(damaged: bool, tmp_path: Path) -> None:
+    """A damaged plan is ours beside a LOCK of ours."""
+    with locked(tmp_path):
+        pass
+    text = json.dumps({"schema_version": 2, "outputs": []})
+    (tmp_path / "plan.json").write_text(text[:9] if damaged else text)
     (tmp_path / "notes.txt").touch()
     check_folder(tmp_path)
+
+
+def test_a_plan_of_somebody_else_makes_no_folder_ours(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"format_version": "1.2"}')
+    (tmp_path / ".precious.tmp").mkdir()
+    with pytest.raises(OutputError, match="not ours") as caught:
+        check_folder(tmp_path)
+    assert caught.value.where == ".precious.tmp, plan.json"
 
 
 @pytest.mark.parametrize("kind", ["file", "link to nothing"])
@@ -163,10 +177,10 @@ def test_what_is_no_json_object_is_nothing(text: str, tmp_path: Path) -> None:
 
 def test_a_plan_is_one_of_this_version(tmp_path: Path) -> None:
     plan = {"schema_version": SCHEMA_VERSION, "job": {"name": "søk"}}
-    write_json(tmp_path / "plan.json", plan)
+    write_plan(tmp_path, plan)
     assert read_plan(tmp_path) == plan
     assert names(tmp_path) == {"plan.json"}
-    write_json(tmp_path / "plan.json", {**plan, "schema_version": 1})
+    write_plan(tmp_path, {**plan, "schema_version": 1})
     assert read_plan(tmp_path) is None
 
 
@@ -175,7 +189,13 @@ def test_a_plan_is_one_of_this_version(tmp_path: Path) -> None:
 
 def publish_by_hand(folder: Path) -> dict[str, Any]:
     (folder / "run.trec").write_text("line\n")
-    manifest = {"files": {"run.trec": {"bytes": 5, "sha256": "0" * 64}}, "job": {}}
+    (folder / "report.json").write_text("{}\n")
+    told = hashlib.sha256(b"{}\n").hexdigest()
+    files = {
+        "run.trec": {"bytes": 5, "sha256": "0" * 64},
+        "report.json": {"bytes": 3, "sha256": told},
+    }
+    manifest: dict[str, Any] = {"files": files, "job": {}}
     write_json(folder / "manifest.json", manifest)
     sha256 = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     (folder / "_SUCCESS").write_text(sha256 + "\n")
@@ -189,7 +209,8 @@ def test_a_folder_is_done_when_its_manifest_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["no success", "no manifest", "changed manifest", "no file", "longer file", "binary"]
+    "fault",
+    ["no success", "no manifest", "changed manifest", "no file", "longer file", "report", "binary"],
 )
 def test_a_folder_is_not_done_where_anything_is_missing(fault: str, tmp_path: Path) -> None:
     publish_by_hand(tmp_path)
@@ -204,6 +225,8 @@ def test_a_folder_is_not_done_where_anything_is_missing(fault: str, tmp_path: Pa
             (tmp_path / "run.trec").unlink()
         case "longer file":
             (tmp_path / "run.trec").write_text("line\n\n")
+        case "report":
+            (tmp_path / "report.json").write_text("{ }")
         case "binary":
             (tmp_path / "_SUCCESS").write_bytes(b"\xff\xfe")
     assert finished(tmp_path) is None
@@ -259,9 +282,10 @@ def test_another_listwise_stage_is_pointed_to_its_own_run(tmp_path: Path) -> Non
 
 def test_clearing_takes_our_files_and_leaves_the_rest(tmp_path: Path) -> None:
     publish_by_hand(tmp_path)
-    ours = ["plan.json", "report.json", "parts/a.parquet", "parts/.a.parquet.1.tmp"]
-    ours += ["commits/pointwise/a.json", "quarantine/a.parquet"]
-    theirs = ["LOCK", "notes.txt", "parts/notes.txt", "monday.trec"]
+    part, shard = f"00000-{'0' * 12}-{'0' * 32}.parquet", f"00000-{'0' * 12}"
+    ours = ["plan.json", "report.json", f"parts/{part}", f"parts/.{part}.{'0' * 32}.tmp"]
+    ours += [f"commits/pointwise/{shard}.json", f"quarantine/{part}"]
+    theirs = ["LOCK", "notes.txt", "parts/notes.txt", "parts/a.parquet", "monday.trec"]
     for name in ours + theirs:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

@@ -287,7 +287,7 @@ def test_orphans_are_what_no_commit_names(ledger: Ledger) -> None:
     named, orphan = write(ledger), write(ledger)
     refused = write(ledger, place="quarantine")
     commit(ledger, part=named)
-    temporary = ledger.folder / ".run.trec.1.tmp"
+    temporary = ledger.folder / f".run.trec.{'1' * 32}.tmp"
     temporary.touch()
     assert set(ledger.orphans()) == {orphan, refused, temporary}
     for path in ledger.orphans():
@@ -299,10 +299,12 @@ def test_orphans_are_what_no_commit_names(ledger: Ledger) -> None:
 def test_temporary_files_are_found_in_every_folder_of_ours(ledger: Ledger) -> None:
     commit(ledger, part=write(ledger))
     places = ["", "parts/", "commits/", "commits/pointwise/"]
-    made = {ledger.folder / f"{place}.x.{i}.tmp" for i, place in enumerate(places)}
+    made = {ledger.folder / f"{place}.x.{str(i) * 32}.tmp" for i, place in enumerate(places)}
+    folder = ledger.folder / f".x.{'0' * 32}.tmp"
     for path in made:
-        path.mkdir() if path.name == ".x.0.tmp" else path.touch()
-    (ledger.folder / ".x.0.tmp" / "file").touch()
+        path.mkdir() if path == folder else path.touch()
+    (folder / "file").touch()
+    (ledger.folder / ".precious.tmp").mkdir()  # no name that only we give
     assert set(temporaries(ledger.folder)) == made
     for path in made:
         discard(path)

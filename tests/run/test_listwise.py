@@ -18,7 +18,7 @@ from dear_batch.files.parts import RERANKED_SCHEMA, TEXT_SCHEMA
 from dear_batch.files.results import RERANKED_RESULTS_SCHEMA, TRANSCRIPTS_SCHEMA
 from dear_batch.pointwise.scorer import Scorer, open_scorer
 from dear_batch.run import blocks, listwise, local, planning
-from dear_batch.run.folder import finished
+from dear_batch.run.folder import finished, sealed, unsealed
 from dear_batch.run.local import run_job
 from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec, OutputSpec
 from tests.run.fake_ranker import Fake, install, listwise_bundle, slid
@@ -740,9 +740,10 @@ def test_counts_that_do_not_add_up_publish_nothing(
     """A part whose commit says something else: a fault of ours, found before the end."""
     run_job(spec, stage="pointwise")
     (path,) = (tmp_path / "out" / "commits" / "pointwise").iterdir()
-    fields = json.loads(path.read_text())
+    fields = unsealed(json.loads(path.read_text()))
+    assert fields
     fields["counts"][count]["written"] += 1
-    path.write_text(json.dumps(fields))
+    path.write_text(json.dumps(sealed(fields)))
     with pytest.raises(AssertionError):
         run_job(spec, stage="listwise")
     assert names(tmp_path / "out") == WORK

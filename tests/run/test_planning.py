@@ -13,7 +13,7 @@ import pytest
 from dear_batch.bundle import Manifest, Source, hash_folder, open_bundle, write_manifest
 from dear_batch.errors import ConfigurationError, InputError
 from dear_batch.pointwise.recipe import Recipe
-from dear_batch.run.folder import read_plan, write_json
+from dear_batch.run.folder import read_plan, write_plan
 from dear_batch.run.identity import asked, digest, job_fields, listwise_settings
 from dear_batch.run.inputs import Hashes, Pin
 from dear_batch.run.ledger import Ledger
@@ -84,7 +84,7 @@ def planned(spec: JobSpec) -> dict[str, Any]:
     wanted = wanted_now(spec, "all", folder)
     _, fields = new_plan(spec, wanted, Ledger(folder), Watch())
     fields = with_runtime(fields, "pointwise", RUNTIME)
-    write_json(folder / "plan.json", fields)
+    write_plan(folder, fields)
     return fields
 
 
@@ -221,9 +221,11 @@ def test_what_does_not_decide_the_bytes_may_differ(one: JobSpec, tmp_path: Path)
 
 
 @pytest.mark.parametrize("text", ["[1", "{}", '{"schema_version": 1}'])
-def test_a_plan_of_another_version_is_another_jobs(text: str, one: JobSpec) -> None:
+def test_a_plan_of_another_version_is_refused(text: str, one: JobSpec) -> None:
     (folder_of(one) / "plan.json").write_text(text)
-    assert "--restart" in refused(one).next_step
+    with pytest.raises(ConfigurationError, match="damaged, or of another version") as caught:
+        let_in(one)
+    assert "--restart" in caught.value.next_step
 
 
 def test_planning_stops_when_asked_to(one: JobSpec, tmp_path: Path) -> None:
