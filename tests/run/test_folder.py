@@ -322,7 +322,7 @@ def test_clearing_begins_with_the_end(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Path, "unlink", unlink)
     clear(tmp_path, ["run.trec"])
-    assert order == ["_SUCCESS", "manifest.json", "run.trec", "plan.json"]
+    assert order == ["_SUCCESS", "manifest.json", "run.trec", "report.json", "plan.json"]
 
 
 def test_a_plan_tells_of_any_change(tmp_path: Path) -> None:

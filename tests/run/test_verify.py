@@ -15,6 +15,7 @@ import pytest
 from dear_batch.errors import TryAgainError
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
 from dear_batch.run import verify_run
+from dear_batch.run.folder import read_plan, write_plan
 from dear_batch.run.verify import verify
 from dear_batch.run.verify_run import RunCheck
 from tests.run.folders import KEYS, Folder, dump
@@ -231,7 +232,10 @@ def test_a_report_of_a_job_that_failed(folder: Folder) -> None:
 
 
 def test_a_manifest_of_another_plan(folder: Folder) -> None:
-    edit(folder.path / "plan.json", lambda plan: plan["job"].update(depth=3))
+    plan = read_plan(folder.path)
+    assert plan
+    plan["job"]["depth"] = 3
+    write_plan(folder.path, plan)
     folder.seal()
     edit(
         folder.path / "manifest.json",
