@@ -1,7 +1,8 @@
 """Kills the job of `job.py` at every call that changes the disk, or at random moments.
 
-`python -m tests.faults.kills SETTINGS.json FOLDER every STRIDE` or `… random COUNT`. After each
-kill the job runs again. Prints one JSON line: how many kills, and what went wrong.
+`python -m tests.faults.kills SETTINGS.json FOLDER every STRIDE`, `… restart STRIDE` (a finished
+job that is begun anew) or `… random COUNT`. After each kill the job runs again. Prints one JSON
+line: how many kills, and what went wrong.
 """
 
 import json
@@ -33,13 +34,16 @@ class Kills:
         self.kills = self.kept = self.survived = 0
         self.faults: list[str] = []
 
-    def at(self, number: int, *, after: bool) -> bool:
+    def at(self, number: int, *, after: bool, restart: bool = False) -> bool:
         """Kill at a call; False where the job has no so many."""
         folder = self._folder / f"at-{number}-{after}"
+        settings = {**self._settings, "options": {"restart": restart}}
+        if restart:
+            shutil.copytree(self._folder / "whole", folder)
 
         def work() -> None:
             kill_at(number, after=after)
-            run(self._settings, folder)
+            run(settings, folder)
 
         died = wait(forked(work)) == -signal.SIGKILL
         self._again(folder, f"call {number}, {'after' if after else 'before'}", died=died)
@@ -94,10 +98,10 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     kills = Kills(settings, Path(sys.argv[2]))
     how, amount = sys.argv[3], int(sys.argv[4])
-    if how == "every":
+    if how in {"every", "restart"}:
         for after in (False, True):
             number = 1
-            while kills.at(number, after=after):
+            while kills.at(number, after=after, restart=how == "restart"):
                 number += amount
     else:
         chance = random.Random(20261123)

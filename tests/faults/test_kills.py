@@ -34,6 +34,19 @@ def test_killed_at_calls_that_change_the_disk(settings_file: Path, tmp_path: Pat
     assert result["kept"] > 0
 
 
+def test_a_job_that_is_begun_anew_is_killed(settings_file: Path, tmp_path: Path) -> None:
+    result = kills(settings_file, tmp_path / "kills", "restart", 10)
+    assert result["faults"] == []
+    assert result["kills"] >= 12
+
+
+@pytest.mark.slow
+def test_a_job_that_is_begun_anew_is_killed_everywhere(settings_file: Path, tmp_path: Path) -> None:
+    result = kills(settings_file, tmp_path / "kills", "restart", 1)
+    assert result["faults"] == []
+    assert result["kills"] > 100
+
+
 @pytest.mark.slow
 def test_killed_at_every_call_that_changes_the_disk(settings_file: Path, tmp_path: Path) -> None:
     result = kills(settings_file, tmp_path / "kills", "every", 1)
