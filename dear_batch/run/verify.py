@@ -86,9 +86,9 @@ def verify(folder: Path) -> Verdict:
         verdict.faults += _files(folder, manifest, verdict)
         if verdict.ok:
             verdict.faults += _contents(folder, manifest, verdict)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         verdict.faults.append(f"the manifest, plan or report lacks something: {error!r}")
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         verdict.faults.append(f"a Parquet file cannot be read: {error}")
     return verdict
 

@@ -1,5 +1,6 @@
 """`status`, `verify` and `gc` as people and schedulers meet them."""
 
+import itertools
 import json
 import os
 import time
@@ -10,7 +11,7 @@ import pytest
 from click.testing import Result
 
 from tests.cli.commands import invoke, outcome
-from tests.run.folders import Folder
+from tests.run.folders import Folder, dump
 
 
 def error(result: Result) -> dict[str, Any]:
@@ -97,6 +98,35 @@ def test_verify_of_an_unfinished_folder(folder: Folder) -> None:
     assert result.exit_code == 75
     assert outcome(result)["folders"][0]["status"] == "unfinished"
     assert "dear-batch status" in error(result)["next"]
+
+
+WRONG: tuple[Any, ...] = (None, 5, "x", [5], {"a": 5})
+VIEWS = (("status",), ("status", "--json"), ("inspect",), ("verify",), ("gc", "--dry-run"))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("name", ["plan.json", "report.json", "manifest.json"])
+def test_files_of_another_form_are_one_clear_error(
+    name: str, finished: bool, folder: Folder
+) -> None:
+    """Whatever a key of theirs holds: what cannot be made sense of is refused as such."""
+    whole = json.loads((folder.path / name).read_text())
+    codes = set[int]()
+    for key, value in itertools.product(whole.keys() - {"schema_version"}, ("gone", *WRONG)):
+        fields = {**whole, key: value} if value != "gone" else {**whole}
+        if value == "gone":
+            del fields[key]
+        dump(folder.path / name, fields)
+        folder.success()
+        if not finished:
+            (folder.path / "_SUCCESS").unlink()
+        for command, *options in VIEWS:
+            result = invoke(command, folder.path, *options)
+            codes.add(result.exit_code)
+            assert "bug" not in result.stderr, (key, value, command, result.stderr)
+            assert len(result.stderr.splitlines()) == (result.exit_code != 0)
+    assert 78 in codes
+    assert codes <= {0, 77 if finished else 75, 78}
 
 
 def test_gc_by_age(folder: Folder) -> None:

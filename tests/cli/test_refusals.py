@@ -246,6 +246,7 @@ def spec_with(line: str, folder: Path) -> Path:
         ('depth = "all"', "a whole number"),
         ("interpolate = 1.5", "a number from 0 to 1"),
         ("depth =", "not valid TOML"),
+        ('[listwise]\nbundle = "l\\u0000"', "'l\\x00'"),
     ],
 )
 def test_a_spec_with_a_fault_is_refused(line: str, match: str, tmp_path: Path) -> None:
@@ -319,6 +320,17 @@ def test_clicks_own_usage_errors_of_a_run_on_a_terminal() -> None:
     assert done.returncode == json.loads(done.stdout)["exit_code"] == 2
     assert "Usage: " in shown
     assert "{" not in shown
+
+
+@pytest.mark.parametrize("option", ["--input", "--bundle", "--output", "--listwise"])
+def test_a_path_that_is_not_utf8_is_refused(option: str, tmp_path: Path) -> None:
+    given = dict(zip(ONE[::2], ONE[1::2], strict=True)) | {option: b"caf\xe9"}
+    command = [sys.executable, "-m", "dear_batch", "run", *(x for kv in given.items() for x in kv)]
+    done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "'caf\\udce9'" in json.loads(done.stdout)["error"]
+    assert "UTF-8" in told(done.stderr.decode())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["status", "gc", "verify", "inspect"])
