@@ -138,14 +138,15 @@ def test_a_dry_run_before_a_restart(job: tuple[object, ...], tmp_path: Path) -> 
 
 @pytest.mark.model
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("where", ["plan_job", "admit"])
+@pytest.mark.parametrize("steps", [("plan_job", "_read"), ("admit", "_counted")])
 def test_a_dry_run_heeds_signals(
-    where: str,
+    steps: tuple[str, str],
     number: int,
     job: tuple[object, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    where, after = steps
     step = getattr(estimate, where)
 
     def signalled(*arguments: Any, **options: Any) -> Any:
@@ -153,6 +154,7 @@ def test_a_dry_run_heeds_signals(
         return step(*arguments, **options)
 
     monkeypatch.setattr(estimate, where, signalled)
+    monkeypatch.delattr(estimate, after)  # it does not get there
     result = invoke(*job, "--input", write(tmp_path / "in.parquet"), "--dry-run")
     assert result.exit_code == 75, result.output
     assert (outcome(result)["status"], outcome(result)["exit_code"]) == ("stopped", 75)

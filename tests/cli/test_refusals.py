@@ -351,7 +351,7 @@ def test_nobody_reading_is_no_bug(tmp_path: Path) -> None:
     Folder(tmp_path / "out").write()
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "dear_batch", "status", tmp_path / "out"]
+    command = [sys.executable, "-m", "dear_batch", "gc", tmp_path / "out"]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert done.stderr == b""
