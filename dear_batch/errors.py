@@ -2,7 +2,7 @@
 
 Raised anywhere, printed only by `dear_batch.cli`. The exit codes are those of BSD's
 sysexits where one fits; schedulers map them (75 is worth a retry, 65 and 78 are not).
-Three ends of a job are no errors of a class: 0, `EXIT_INCOMPLETE` and `--empty-exit`.
+Two ends of a job are no errors of a class: 0 and `--empty-exit`.
 """
 
 from typing import ClassVar
@@ -40,6 +40,12 @@ class UsageError(DearBatchError):
     """The command line or the spec asks for something impossible."""
 
     exit_code = 2
+
+
+class IncompleteError(DearBatchError):
+    """The job is done and published, and is less than what was asked for."""
+
+    exit_code = EXIT_INCOMPLETE
 
 
 class InputError(DearBatchError):

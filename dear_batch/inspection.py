@@ -12,6 +12,7 @@ from dear_batch.errors import InputError
 from dear_batch.files.pages import open_parquet
 from dear_batch.files.parquet import RowReader, open_input
 from dear_batch.run.folder import LOCK, PLAN, REPORT, read_json, read_plan
+from dear_batch.run.published import as_written
 from dear_batch.run.status import status_of
 from dear_batch.show import listwise_facts, status_table
 
@@ -121,15 +122,11 @@ def _output(path: Path) -> RenderableType:
     status = status_of(path)
     plan, report = read_plan(path), read_json(path / REPORT)
     views: list[RenderableType] = [status_table(status.to_json())]
-    if plan:
-        views.append(_facts("Job", _asked(plan)))
-    if report and status.state != "running":  # else it is that of an earlier attempt
-        try:
+    with as_written(path):
+        if plan:
+            views.append(_facts("Job", _asked(plan)))
+        if report and status.state != "running":  # else it is that of an earlier attempt
             views.append(_facts("Report", _reported(report)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{path / REPORT} was not written by dear-batch run.", where=repr(error)
-            ) from error
     return Group(*views)
 
 

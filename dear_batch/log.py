@@ -50,12 +50,12 @@ def log(event: str, /, level: str = "info", **fields: object) -> None:
     line: dict[str, Any] = {"time": _now(), "level": level, "event": event}
     line |= {name: value for name, value in fields.items() if name not in line}
     line = redact(line)
-    _write(sys.stderr, _short(line) if _is_terminal(sys.stderr) else json_line(line))
+    _write(sys.stderr, _short(line) if is_terminal(sys.stderr) else json_line(line))
 
 
 def log_error(error: DearBatchError) -> None:
     """Write the error with which a command ends, all its parts."""
-    if _is_terminal(sys.stderr):
+    if is_terminal(sys.stderr):
         lines = f"error: {redact(str(error))}".splitlines()
         _write(sys.stderr, "\n".join(map(_printable, lines)))
     else:
@@ -135,7 +135,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person reads a stream."""
     return stream is not None and not stream.closed and stream.isatty()
 
 

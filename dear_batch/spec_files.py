@@ -6,6 +6,7 @@ what a spec means: fields, type hints and defaults say it all.
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SpecT = TypeVar("SpecT", bound="DataclassInstance")
 
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")  # bytes that are not UTF-8 come as lone surrogates
 _TOML_NAMES: Mapping[type, str] = {
     str: "a string",
     int: "a whole number",
@@ -176,12 +178,24 @@ def _convert(value: object, hint: Any, *, where: str, key: str) -> Any:
     if _matches(value, hint):
         if hint is float:
             return float(typing.cast("float", value))
+        _refuse_no_text(value, where=where, key=key)
         return tuple(value) if isinstance(value, list) else value
     raise UsageError(
         f"The value of {key!r} is not accepted: found {_found(value)}.",
         where=f"{where}: {key}",
         valid=_expected(hint),
     )
+
+
+def _refuse_no_text(value: object, *, where: str, key: str) -> None:
+    """Refuse names that JSON and Parquet, or the system, cannot hold; argv may bring any bytes."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and _NO_TEXT.search(text):
+            raise UsageError(
+                f"The value of {key!r} is not accepted: {text!a}.",
+                where=f"{where}: {key}",
+                valid="text in UTF-8 without NUL",
+            )
 
 
 def _matches(value: object, hint: Any) -> bool:

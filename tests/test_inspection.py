@@ -292,5 +292,5 @@ def test_a_report_of_something_else_is_refused(report: object, folder: Folder) -
     if not report:
         assert "planned" in shown(folder.path)
         return
-    with pytest.raises(InputError, match="not written by dear-batch"):
+    with pytest.raises(ConfigurationError, match="not what dear-batch run writes"):
         inspect_path(folder.path)

@@ -326,6 +326,15 @@ def test_cron_escapes_every_percent_sign() -> None:
         assert not re.search(r"(?<!\\)%", command)
 
 
+def test_the_crontab_of_operations_runs_with_the_little_that_cron_gives() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^ {4}[\d*]\S* \S+ \* \* \* (.*)$", text, flags=re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert re.match(r"cd /srv/rerank && mkdir -p logs && /\S+/dear-batch run ", command)
+        assert not re.search(r"(?<!\\)%", command)
+
+
 def test_cron_keeps_the_exit_code() -> None:
     for command in cron_commands():
         assert "|" not in command.replace("||", "")  # a pipe ends with the code of its last part

@@ -100,14 +100,16 @@ def gc(folders: tuple[Path, ...], older_than: str | None, *, dry_run: bool) -> N
     from dear_batch.run.gc import age_s, collect
 
     age = None if older_than is None else age_s(older_than)
-    found = []
+    found, codes = [], list[int]()
     for item in collect(folders, older_than_s=age, dry_run=dry_run):
-        found.append({name: value for name, value in asdict(item).items() if value not in ("", [])})
+        fields = asdict(item)
+        codes.append(fields.pop("exit_code"))
+        found.append({name: value for name, value in fields.items() if value not in ("", [])})
         what = {"held": f"at work ({item.why})", "failed": item.why}.get(item.action, item.action)
         foreign = f"; not ours: {', '.join(item.foreign[:5])}" if item.foreign else ""
         click.echo(f"{item.folder}: {what}, {item.files} files, {item.bytes:,} bytes{foreign}")
     freed = sum(int(item["bytes"]) for item in found)
-    code = 73 if any(item["action"] == "failed" for item in found) else 0
+    code = next(filter(None, codes), 0)
     end = {"status": "failed" if code else "ok", "exit_code": code, "dry_run": dry_run}
     outcome({**end, "freed_bytes": freed, "folders": found})
     sys.exit(code)

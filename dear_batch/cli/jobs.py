@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dear_batch.cli.common import need
-from dear_batch.cli.partitioned import Ended, failed, run_partitions
-from dear_batch.errors import DearBatchError, InputError, UsageError
+from dear_batch.cli.partitioned import Ended, run_partitions
+from dear_batch.errors import DearBatchError, IncompleteError, InputError, UsageError
 from dear_batch.log import log, log_error, outcome
 
 if TYPE_CHECKING:
@@ -185,23 +185,19 @@ def run(spec: Path | None, **options: Any) -> None:
 
 
 def _ended(path: Path | None, options: Mapping[str, Any], asked: Asked) -> Ended:
-    """Do what is asked for; every end is an outcome."""
-    try:
-        spec = _spec(path, options)
-        if bool(asked.since) != bool(asked.until):
-            raise UsageError(
-                "--since and --until go together.",
-                valid="both, or neither: there is no latest partition",
-            )
-        if asked.empty_exit is not None and _matches_nothing(spec.input.paths):
-            return _nothing(asked, f"No file matches {', '.join(spec.input.paths)}.")
-        run_one = partial(_estimate if asked.dry_run else _run, asked=asked)
-        if asked.since and asked.until:
-            return _each_partition(spec, asked.since, asked.until, asked, run_one)
-        return run_one(spec)
-    except DearBatchError as error:
-        log_error(error)
-        return failed(error)
+    """Do what is asked for."""
+    spec = _spec(path, options)
+    if bool(asked.since) != bool(asked.until):
+        raise UsageError(
+            "--since and --until go together.",
+            valid="both, or neither: there is no latest partition",
+        )
+    if asked.empty_exit is not None and _matches_nothing(spec.input.paths):
+        return _nothing(asked, f"No file matches {', '.join(spec.input.paths)}.")
+    run_one = partial(_estimate if asked.dry_run else _run, asked=asked)
+    if asked.since and asked.until:
+        return _each_partition(spec, asked.since, asked.until, asked, run_one)
+    return run_one(spec)
 
 
 def _spec(path: Path | None, options: Mapping[str, Any]) -> "JobSpec":
@@ -278,22 +274,32 @@ def _report_loss(spec: "JobSpec", error: DearBatchError, phase: str) -> None:
 
 
 def _estimate(spec: "JobSpec", asked: Asked) -> Ended:
-    from dear_batch.run.estimate import Price, estimate
-    from dear_batch.show import estimate_table, progress
+    """Run nothing: there is no process but this one, which is to heed signals, too."""
+    from dear_batch.run.interrupts import Interrupts
 
-    price = Price(asked.tokens_per_second, asked.price_per_hour)
-    with progress("queries") as advance:
-        fields = estimate(spec, stage=asked.stage, price=price, advance=advance)
+    with Interrupts() as interrupts:  # before what takes long to import
+        from dear_batch.run.estimate import Price, estimate
+        from dear_batch.show import estimate_table, progress
+
+        with progress("queries") as advance:
+            fields = estimate(
+                spec,
+                stage=asked.stage,
+                restart=asked.restart,
+                price=Price(asked.tokens_per_second, asked.price_per_hour),
+                advance=advance,
+                beat=interrupts.check,
+            )
     estimate_table(fields)
     return Ended(fields, fields["exit_code"])
 
 
-def _incomplete(report: Mapping[str, Any], folder: str) -> DearBatchError | None:
+def _incomplete(report: Mapping[str, Any], folder: str) -> IncompleteError | None:
     """What to say of a job that was published, and is not what was asked for."""
     status = report["status"]
     if status == "too-many-failed-windows":
         listwise = report["listwise"]
-        return DearBatchError(
+        return IncompleteError(
             f"{listwise['windows']['failed']:,} of {listwise['windows']['total']:,} windows "
             "failed; their documents keep the order that they had before the window.",
             where=f"{folder}: transcripts.parquet, status 'failed'",
@@ -303,7 +309,7 @@ def _incomplete(report: Mapping[str, Any], folder: str) -> DearBatchError | None
         )
     if status == "too-many-bad":
         bad = max(report[unit]["quarantined"] for unit in ("queries", "candidates"))
-        return DearBatchError(
+        return IncompleteError(
             f"{bad:,} of {report['candidates']['read']:,} candidates were set aside, more than "
             "--max-bad; the others are published.",
             where=f"{folder}: quarantine.parquet",

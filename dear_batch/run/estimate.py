@@ -113,10 +113,14 @@ def estimate(
     spec: JobSpec,
     *,
     stage: str = "all",
+    restart: bool = False,
     price: Price | None = None,
     advance: Advance = lambda _stage, _done, _total: None,
+    beat: Callable[[], None] = lambda: None,
 ) -> Fields:
     """Read all inputs of a job, and say what it will take; the fields of an outcome.
+
+    `beat` is called wherever it may be left, and raises to leave it.
 
     Raises:
         DearBatchError: what a real run would end with before it loads a model.
@@ -132,20 +136,22 @@ def estimate(
     folder = Path(spec.output.folder)
     check_folder(folder)
     wanted = wanted_now(spec, stage, folder)
-    fitting_plan(folder, wanted, stage)
+    if not restart:  # which forgets whose folder it was
+        fitting_plan(folder, wanted, stage)
     bundle, engine = _bundle(spec)
+    beat()
     second = _listwise_bundle(listwise, paranoid=spec.execution.paranoid) if listwise else None
     encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
     place = next(parent for parent in folder.absolute().parents if parent.is_dir())
     with scratch_folder(place / folder.absolute().name) as scratch:
-        plan = plan_job(spec, scratch, files=wanted.files)
+        plan = plan_job(spec, scratch, files=wanted.files, beat=beat)
         space = check_space(spec, plan)
         count = _Count(encoder, second[1] if second else None)
-        _read(spec, plan, count, advance)
+        _read(spec, plan, count, advance, beat)
     found = {**_counted(spec, plan, count), **_pointwise(spec, count, bundle, engine, price)}
     if listwise and second:
         found["listwise"] = _listwise(count, second[0], spec.execution.device)
-    done = {"already_done": finished(folder) is not None}
+    done = {"already_done": not restart and finished(folder) is not None}
     return {**_end(spec, count), **done, **found, **_total(found, price), "space": _space(space)}
 
 
@@ -170,7 +176,9 @@ def _listwise_bundle(spec: ListwiseSpec, *, paranoid: bool) -> tuple[Bundle, Pro
     return bundle, None if load_prompt(spec.prompt).is_chat else check_listwise(bundle, spec)
 
 
-def _read(spec: JobSpec, plan: Plan, count: _Count, advance: Advance) -> None:
+def _read(
+    spec: JobSpec, plan: Plan, count: _Count, advance: Advance, beat: Callable[[], None]
+) -> None:
     """Every row through admission."""
     total, done = sum(output.n_queries for output in plan.outputs), 0
 
@@ -186,6 +194,7 @@ def _read(spec: JobSpec, plan: Plan, count: _Count, advance: Advance) -> None:
                 lists = counted(reader.read(shard.first_row, shard.n_rows))
                 for item in admit(spec, source, places, lists):
                     count.add(item, spec)
+                    beat()
                 done += shard.n_queries
                 advance("dry run", done, total)
     count.tally.queries.read = done

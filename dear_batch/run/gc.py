@@ -8,14 +8,15 @@ import os
 import re
 import stat
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dear_batch.errors import DearBatchError, TrustError, TryAgainError, UsageError
-from dear_batch.files.durable import remove
+from dear_batch.errors import DearBatchError, OutputError, TrustError, TryAgainError, UsageError
+from dear_batch.files.durable import sync, writing
 from dear_batch.files.results import published_names
 from dear_batch.run.folder import (
     COMMIT_NAME,
@@ -32,8 +33,14 @@ from dear_batch.run.folder import (
 )
 from dear_batch.run.ledger import FOLDERS, STAGES, Ledger, discard
 from dear_batch.run.publish import QUARANTINE
-from dear_batch.run.published import holder, sealed_manifest
+from dear_batch.run.published import as_written, holder, sealed_manifest
 
+# A removal that has begun, in place of `_SUCCESS`. It takes that name, which nothing else has, by
+# a rename, so at no moment does half a folder look finished, and goes last: a removal that was
+# killed is finished by the next gc, of whatever age. A run that comes first removes it as any
+# temporary file, and the folder is a job's again. The folder itself is not renamed, since what is
+# foreign in it stays.
+_REMOVING = re.compile(r"\.removing\.[0-9a-f]{32}\.tmp")
 _AGE = re.compile(r"(\d+)([hdw])")
 _SECONDS = {"h": 3600, "d": 24 * 3600, "w": 7 * 24 * 3600}
 
@@ -42,7 +49,10 @@ Action = Literal["orphans", "removed", "held", "failed"]
 
 @dataclass(slots=True)
 class Collected:
-    """What was removed from one folder. `foreign` are files in it that are not ours."""
+    """What was removed from one folder. `foreign` are files in it that are not ours.
+
+    `exit_code` and `why` tell of one that failed or is held.
+    """
 
     folder: str
     action: Action
@@ -50,6 +60,7 @@ class Collected:
     bytes: int = 0
     foreign: list[str] = field(default_factory=list)
     why: str = ""
+    exit_code: int = 0
 
     def count(self, sizes: Sequence[int]) -> None:
         """Add files of these bytes."""
@@ -90,15 +101,15 @@ def collect(
                 f"{folder} is not a folder.", valid="output folders, or folders that hold them"
             )
     for folder in outputs(folders):
-        is_old = older_than_s is not None and _is_older(folder, older_than_s)
         try:
-            yield _dry(folder, whole=is_old) if dry_run else _collect(folder, whole=is_old)
+            yield (_dry if dry_run else _collect)(folder, older_than_s)
         except TryAgainError as error:
             yield Collected(str(folder), "held", why=error.where)
         except DearBatchError as error:
-            yield Collected(str(folder), "failed", why=error.what)
+            yield Collected(str(folder), "failed", why=error.what, exit_code=error.exit_code)
         except OSError as error:  # whatever it is, the other folders are not concerned
-            yield Collected(str(folder), "failed", why=str(error))
+            code = OutputError.exit_code
+            yield Collected(str(folder), "failed", why=str(error), exit_code=code)
 
 
 def outputs(folders: Iterable[Path]) -> Iterator[Path]:
@@ -107,13 +118,27 @@ def outputs(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
         below = sorted(path for path in folder.iterdir() if path.is_dir())
         for path in (folder, *below):
-            if not path.is_symlink() and path not in seen and read_plan(path) is not None:
+            if not path.is_symlink() and path not in seen and _is_output(path):
                 seen.add(path)
                 yield path
 
 
-def _is_older(folder: Path, age: int) -> bool:
-    """Whether a folder is finished, and longer ago."""
+def _is_output(folder: Path) -> bool:
+    return read_plan(folder) is not None or bool(_marks(folder))
+
+
+def _marks(folder: Path) -> list[Path]:
+    """What a removal that has begun left in place of `_SUCCESS`."""
+    found = sorted(folder.glob(".removing.*.tmp"))
+    return [path for path in found if _REMOVING.fullmatch(path.name) and _is_file(path)]
+
+
+def _goes_whole(folder: Path, age: int | None) -> bool:
+    """Whether a folder is finished, and longer ago; or its removal has begun."""
+    if _marks(folder):
+        return True
+    if age is None:
+        return False
     try:
         if sealed_manifest(folder) is None:
             return False
@@ -122,11 +147,12 @@ def _is_older(folder: Path, age: int) -> bool:
     return (folder / SUCCESS).lstat().st_mtime < time.time() - age
 
 
-def _dry(folder: Path, *, whole: bool) -> Collected:
+def _dry(folder: Path, older_than_s: int | None) -> Collected:
     """What `_collect` would do; the lock is looked at, not taken."""
     lock = holder(folder)
     if lock and lock.held:
         return Collected(str(folder), "held", why=f"pid {lock.pid} on {lock.host}")
+    whole = _goes_whole(folder, older_than_s)
     targets = _targets(folder, whole=whole)
     found = Collected(str(folder), "removed" if whole else "orphans")
     for path in targets:
@@ -135,13 +161,15 @@ def _dry(folder: Path, *, whole: bool) -> Collected:
     return found
 
 
-def _collect(folder: Path, *, whole: bool) -> Collected:
-    found = Collected(str(folder), "removed" if whole else "orphans")
+def _collect(folder: Path, older_than_s: int | None) -> Collected:
     with locked(folder):
-        # A folder of which half is gone must not look finished, so its end goes first.
+        whole = _goes_whole(folder, older_than_s)
+        found = Collected(str(folder), "removed" if whole else "orphans")
+        if whole:
+            _begin_removal(folder)
         for path in _targets(folder, whole=whole):
             sizes = _sizes(path)
-            remove(path) if path.name == SUCCESS else discard(path)
+            discard(path)
             if not os.path.lexists(path):
                 found.count(sizes)
         if whole:
@@ -150,16 +178,36 @@ def _collect(folder: Path, *, whole: bool) -> Collected:
     return found
 
 
+def _begin_removal(folder: Path) -> None:
+    _published(folder)  # a folder that cannot be removed stays as it is
+    success = folder / SUCCESS
+    if _is_file(success):
+        with writing(success):
+            success.rename(folder / f".removing.{uuid.uuid4().hex}.tmp")
+            sync(folder)
+
+
 def _targets(folder: Path, *, whole: bool) -> list[Path]:
     """What is to go, in this order."""
     if not whole:
         return [path for path in Ledger(folder).orphans() if _is_ours(folder, path)]
-    stems = [output["stem"] for output in (read_plan(folder) or {"outputs": []})["outputs"]]
-    names = [name for stem in stems for name in published_names(stem).values() if "/" not in name]
-    files = [SUCCESS, MANIFEST, *names, QUARANTINE, REPORT, METRICS]
-    found = [folder / name for name in files if _is_file(folder / name)]
-    # The plan goes last: until then the folder is known as one of ours.
-    return [*found, *_inner(folder), folder / PLAN]
+    marks = _marks(folder)
+    inner = [path for path in _inner(folder) if path not in marks]
+    ends = [folder / PLAN, folder / SUCCESS, *marks]
+    return [*_published(folder), *inner, *filter(_is_file, ends)]
+
+
+def _published(folder: Path) -> list[Path]:
+    """The files in the folder itself, but for the plan and the end.
+
+    Raises:
+        ConfigurationError: the plan does not say which.
+    """
+    with as_written(folder):
+        stems = [output["stem"] for output in (read_plan(folder) or {"outputs": []})["outputs"]]
+        named = [name for stem in stems for name in published_names(stem).values()]
+        names = [MANIFEST, *(n for n in named if "/" not in n), QUARANTINE, REPORT, METRICS]
+        return [folder / name for name in names if _is_file(folder / name)]
 
 
 def _inner(folder: Path) -> Iterator[Path]:

@@ -25,15 +25,19 @@ class Interrupts:
         for number in STOPS:
             # What nohup or a shell's & told us to ignore stays ignored.
             if number is signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Obey them again."""
+        """Obey them again; if this was entered within another, that one is told what came."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if number.name == self.name and isinstance(outer, Interrupts):
+                outer.note(number, None)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """Remember the first; a second Ctrl-C asks for more."""
         if not self.name:
             self.name, self.since = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT:

@@ -7,12 +7,13 @@ import re
 import socket
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dear_batch.errors import TrustError
-from dear_batch.run.folder import LOCK, MANIFEST, SUCCESS
+from dear_batch.errors import ConfigurationError, TrustError
+from dear_batch.run.folder import LOCK, MANIFEST, PLAN, REPORT, SUCCESS
 from dear_batch.run.ledger import STAGES, Commit, Ledger
 
 LOCKS = Path("/proc/locks")
@@ -28,6 +29,24 @@ class Holder:
     host: str = ""
     pid: int = 0
     start: str = ""
+
+
+@contextmanager
+def as_written(folder: Path) -> Iterator[None]:
+    """Read what a job wrote of itself, as if it had its form, and see that it has.
+
+    Raises:
+        ConfigurationError: it has another one.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigurationError(
+            f"What {folder} says of its job is not what dear-batch run writes.",
+            where=f"{PLAN}, {REPORT} or {MANIFEST}: {type(error).__name__}: {error}",
+            valid="the files as they were written",
+            next_step="copy the folder again, or run the job again with --restart",
+        ) from error
 
 
 def open_regular(path: Path) -> int | None:

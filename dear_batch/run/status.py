@@ -10,7 +10,7 @@ from dear_batch.errors import InputError, TrustError, UsageError
 from dear_batch.run.folder import LOCK, MANIFEST, PLAN, REPORT, SUCCESS, read_json, read_plan
 from dear_batch.run.ledger import Commit
 from dear_batch.run.planning import outline, second_stage
-from dear_batch.run.published import Holder, commits, holder, sealed_manifest
+from dear_batch.run.published import Holder, as_written, commits, holder, sealed_manifest
 from dear_batch.run.report import FAILED, OUTSTANDING, STOPPED, pointwise_figures
 
 Fields = dict[str, Any]
@@ -36,7 +36,7 @@ class Status:
     state: State
     next: str
     result: str | None = None
-    error: Mapping[str, Any] | None = None
+    error: Mapping[str, str] | None = None
     lock: Holder | None = None
     stages: Mapping[str, Progress] = field(default_factory=dict)
     queries: Mapping[str, int] = field(default_factory=dict)
@@ -56,6 +56,7 @@ def status_of(folder: Path) -> Status:
         UsageError: there is no such folder.
         InputError: it is not one of ours.
         TrustError: what it says of itself cannot be read.
+        ConfigurationError: it can, and is not what a job writes.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder.", valid="the output folder of a job")
@@ -66,14 +67,19 @@ def status_of(folder: Path) -> Status:
             where=str(folder / PLAN),
             valid="the output folder of a job",
         )
+    with as_written(folder):
+        return _status(folder, plan, lock)
+
+
+def _status(folder: Path, plan: Fields | None, lock: Holder | None) -> Status:
     report = _report(folder)
     state, error = _state(folder, plan, report, lock)
     known = _finished(folder, plan) if state == "done" else _so_far(folder, plan)
     return Status(
         str(folder),
         state,
-        _next(state, folder, report),
-        result=report.get("status") if state != "running" else None,
+        _next(state, folder, error),
+        result=str(report["status"]) if report and state != "running" else None,
         error=error,
         lock=lock,
         queries_planned=sum(output["queries"] for output in plan["outputs"]) if plan else None,
@@ -95,7 +101,7 @@ def _report(folder: Path) -> Fields:
 
 def _state(
     folder: Path, plan: Fields | None, report: Fields, lock: Holder | None
-) -> tuple[State, Mapping[str, Any] | None]:
+) -> tuple[State, Mapping[str, str] | None]:
     if lock and lock.held:
         return "running", None
     try:
@@ -104,17 +110,18 @@ def _state(
     except TrustError as error:
         return "damaged", {"what": error.what, "where": error.where}
     said = report.get("status")
+    why = {name: str(text) for name, text in (report.get("error") or {}).items()} or None
     if said == OUTSTANDING:
         return "listwise-outstanding", None
     if said in {FAILED, STOPPED}:
-        return "failed" if said == FAILED else "stopped", report.get("error")
+        return "failed" if said == FAILED else "stopped", why
     begun = plan is not None and any(True for _ in commits(folder))
     return ("stopped" if begun else "planned" if plan else "empty"), None
 
 
-def _next(state: State, folder: Path, report: Fields) -> str:
+def _next(state: State, folder: Path, error: Mapping[str, str] | None) -> str:
     if state == "failed":
-        return (report.get("error") or {}).get("next") or AGAIN
+        return (error or {}).get("next") or AGAIN
     return {
         "empty": f"dear-batch run SPEC.toml --output {folder}",
         "running": f"wait, then dear-batch status {folder}",
@@ -126,7 +133,9 @@ def _next(state: State, folder: Path, report: Fields) -> str:
 
 def _finished(folder: Path, plan: Fields | None) -> dict[str, Any]:
     """What a published folder says: its commits may be gone."""
-    counts = (read_json(folder / MANIFEST) or {})["counts"]
+    said = (read_json(folder / MANIFEST) or {})["counts"]
+    units = ("queries", "candidates")
+    counts = {unit: {name: int(n) for name, n in said[unit].items()} for unit in units}
     stages = {name: Progress(len(keys), len(keys)) for name, keys in _keys(plan).items()}
     return {"stages": stages, **counts}
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dear_batch.errors import TrustError, TryAgainError
+from dear_batch.errors import TrustError, TryAgainError, UsageError
 from dear_batch.files.results import published_names
 from dear_batch.run.folder import PLAN, REPORT, SUCCESS, read_json, read_plan
 from dear_batch.run.planning import outline
@@ -66,8 +66,10 @@ def verify(folder: Path) -> Verdict:
 
     Raises:
         TryAgainError: it is not finished.
+        UsageError: nothing can have this path.
     """
     verdict = Verdict(str(folder))
+    _check_path(folder)
     try:
         manifest = sealed_manifest(folder)
     except TrustError as error:
@@ -84,11 +86,21 @@ def verify(folder: Path) -> Verdict:
         verdict.faults += _files(folder, manifest, verdict)
         if verdict.ok:
             verdict.faults += _contents(folder, manifest, verdict)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         verdict.faults.append(f"the manifest, plan or report lacks something: {error!r}")
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         verdict.faults.append(f"a Parquet file cannot be read: {error}")
     return verdict
+
+
+def _check_path(folder: Path) -> None:
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a name that is too long
+        what = f"A path cannot be used: {error.strerror}."
+        raise UsageError(what, where=str(folder), valid="the output folder of a job") from error
 
 
 def _contents(folder: Path, manifest: Fields, verdict: Verdict) -> Iterator[str]:

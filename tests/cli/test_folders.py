@@ -1,5 +1,6 @@
 """`status`, `verify` and `gc` as people and schedulers meet them."""
 
+import itertools
 import json
 import os
 import time
@@ -10,7 +11,7 @@ import pytest
 from click.testing import Result
 
 from tests.cli.commands import invoke, outcome
-from tests.run.folders import Folder
+from tests.run.folders import Folder, dump
 
 
 def error(result: Result) -> dict[str, Any]:
@@ -97,6 +98,56 @@ def test_verify_of_an_unfinished_folder(folder: Folder) -> None:
     assert result.exit_code == 75
     assert outcome(result)["folders"][0]["status"] == "unfinished"
     assert "dear-batch status" in error(result)["next"]
+
+
+WRONG: tuple[Any, ...] = (None, 5, "x", [5], {"a": 5})
+VIEWS = (("status",), ("status", "--json"), ("inspect",), ("verify",), ("gc", "--dry-run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "finished"),
+    [
+        ("plan.json", True),
+        ("plan.json", False),
+        ("report.json", True),
+        ("report.json", False),
+        ("manifest.json", True),
+    ],
+)
+def test_files_of_another_form_are_one_clear_error(
+    name: str, finished: bool, folder: Folder
+) -> None:
+    """Whatever a key of theirs holds: what cannot be made sense of is refused as such."""
+    plan = json.loads((folder.path / "plan.json").read_text())
+    plan["job"] |= {"bundle_sha256": "0" * 64, "pointwise": {"depth": 100}}
+    dump(folder.path / "plan.json", plan)
+    folder.seal()
+    whole = json.loads((folder.path / name).read_text())
+    assert viewed(folder, finished) == {0 if finished else 75, 0}
+    codes = set[int]()
+    for key, value in itertools.product(
+        whole.keys() - {"schema_version", "sha256"}, ("gone", *WRONG)
+    ):
+        fields = {**whole, key: value}
+        if value == "gone":
+            del fields[key]
+        dump(folder.path / name, fields)
+        codes |= viewed(folder, finished)
+    assert codes == {0, 77 if finished else 75, 78}
+
+
+def viewed(folder: Folder, finished: bool) -> set[int]:
+    """The exit codes of all that looks at a folder; an error is one line, and no bug."""
+    folder.success()
+    if not finished:
+        (folder.path / "_SUCCESS").unlink()
+    codes = set[int]()
+    for command, *options in VIEWS:
+        result = invoke(command, folder.path, *options)
+        codes.add(result.exit_code)
+        assert "bug" not in result.stderr
+        assert len(result.stderr.splitlines()) == (result.exit_code != 0)
+    return codes
 
 
 def test_gc_by_age(folder: Folder) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dear_batch.cli import main
+from dear_batch.run import estimate
 from tests.cli.commands import outcome
 from tests.conftest import collection_queries, collection_texts
 
@@ -115,9 +118,48 @@ def test_too_many_bad_candidates_end_with_3(job: tuple[object, ...], tmp_path: P
     assert result.exit_code == 3
     ended = outcome(result)
     assert (ended["status"], ended["exit_code"]) == ("too-many-bad", 3)
+    (error,) = [line for line in map(json.loads, result.stderr.splitlines()) if "what" in line]
+    assert (error["event"], error["exit_code"]) == ("error", 3)
     assert "3 of 10 candidates were set aside" in ended["error"]
     assert (tmp_path / "out" / "run.trec").stat().st_size > 0
     assert invoke("verify", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.model
+def test_a_dry_run_before_a_restart(job: tuple[object, ...], tmp_path: Path) -> None:
+    """It is refused where the run would be, and only there."""
+    job = (*job, "--input", write(tmp_path / "in.parquet"))
+    assert invoke(*job).exit_code == 0
+    assert invoke(*job, "--depth", 3, "--dry-run").exit_code == 78
+    dry = invoke(*job, "--depth", 3, "--dry-run", "--restart")
+    assert dry.exit_code == 0, dry.output
+    assert outcome(dry)["scored_pairs"] == 2 * 3
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("steps", [("plan_job", "_read"), ("admit", "_counted")])
+def test_a_dry_run_heeds_signals(
+    steps: tuple[str, str],
+    number: int,
+    job: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where, after = steps
+    step = getattr(estimate, where)
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(estimate, where, signalled)
+    monkeypatch.delattr(estimate, after)  # it does not get there
+    result = invoke(*job, "--input", write(tmp_path / "in.parquet"), "--dry-run")
+    assert result.exit_code == 75, result.output
+    assert (outcome(result)["status"], outcome(result)["exit_code"]) == ("stopped", 75)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.model

@@ -8,6 +8,7 @@ import pytest
 
 from dear_batch.cli.partitioned import Ended, run_partitions
 from dear_batch.errors import DearBatchError, InputError, OutputError, TryAgainError
+from dear_batch.run.interrupts import Interrupts
 from dear_batch.run.watch import StoppedError
 from dear_batch.specs import InputSpec, JobSpec, OutputSpec, PointwiseSpec
 
@@ -79,6 +80,19 @@ def test_a_signal_between_two_jobs(number: int) -> None:
 
     ended = run_partitions(jobs(3), run_one)
     assert (ended.exit_code, statuses(ended)) == (75, ["ok", "stopped", "not-run"])
+
+
+def test_a_signal_while_a_job_publishes_stops_the_next() -> None:
+    """A job that notes signals itself, and is past its last look at them, ends as it would."""
+
+    def run_one(_: JobSpec) -> Ended:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return OK
+
+    ended = run_partitions(jobs(3), run_one)
+    assert (ended.exit_code, statuses(ended)) == (75, ["ok", "stopped", "not-run"])
+    assert run_partitions(jobs(1), run_one).exit_code == 0
 
 
 def test_a_bug_is_no_outcome() -> None:

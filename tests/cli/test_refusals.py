@@ -1,7 +1,11 @@
 """Bad input, wrong usage, untrusted parts: one message, its exit code, nothing half-written."""
 
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from tests.cli.commands import (
     succeed,
     told,
 )
+from tests.run.folders import Folder
 
 NO_GPU = not Path("/proc/driver/nvidia").exists() and not Path("/dev/nvidia0").exists()
 
@@ -241,6 +246,7 @@ def spec_with(line: str, folder: Path) -> Path:
         ('depth = "all"', "a whole number"),
         ("interpolate = 1.5", "a number from 0 to 1"),
         ("depth =", "not valid TOML"),
+        ('[listwise]\nbundle = "l\\u0000"', "'l\\x00'"),
     ],
 )
 def test_a_spec_with_a_fault_is_refused(line: str, match: str, tmp_path: Path) -> None:
@@ -278,9 +284,6 @@ def test_wrong_usage_is_refused(arguments: tuple[str, ...], match: str) -> None:
     [
         (),
         ("rerank",),
-        ("run", "--no-such-option"),
-        ("run", "--engine", "tensorflow"),
-        ("run", "--stage", "third"),
         ("convert", "csv", "in.csv", "-o", "out.parquet"),
         ("score", "bundle", "query"),
     ],
@@ -289,6 +292,69 @@ def test_clicks_own_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "Usage:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--no-such-option",), "--no-such-option"),
+        (("--engine", "tensorflow"), "tensorflow"),
+        (("--stage", "third"), "third"),
+        (("a.toml", "b.toml"), "b.toml"),
+    ],
+)
+def test_clicks_own_usage_errors_of_a_run_are_outcomes(
+    arguments: tuple[str, ...], match: str
+) -> None:
+    message = fail(2, match, "run", *arguments)
+    assert parts(message) == {"next"}
+
+
+def test_clicks_own_usage_errors_of_a_run_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "dear_batch", "run", "--no-such-option"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=False)
+    os.close(theirs)
+    shown = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert done.returncode == json.loads(done.stdout)["exit_code"] == 2
+    assert "Usage: " in shown
+    assert "{" not in shown
+
+
+@pytest.mark.parametrize("option", ["--input", "--bundle", "--output", "--listwise"])
+def test_a_path_that_is_not_utf8_is_refused(option: str, tmp_path: Path) -> None:
+    given = dict(zip(ONE[::2], ONE[1::2], strict=True)) | {option: b"caf\xe9"}
+    command = [sys.executable, "-m", "dear_batch", "run", *(x for kv in given.items() for x in kv)]
+    done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "'caf\\udce9'" in json.loads(done.stdout)["error"]
+    assert "UTF-8" in told(done.stderr.decode())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["status", "gc", "verify", "inspect"])
+def test_a_path_that_cannot_be_is_refused(command: str, tmp_path: Path) -> None:
+    message = fail(2, "File name too long", command, tmp_path / ("a" * 300))
+    assert parts(message) == {"where", "valid"}
+
+
+def test_a_bug_is_told_and_an_outcome_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("dear_batch.spec_files.load_spec", broken)
+    fail(1, "This is a bug in dear-batch", "run", "job.toml")
+
+
+def test_nobody_reading_is_no_bug(tmp_path: Path) -> None:
+    Folder(tmp_path / "out").write()
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "dear_batch", "gc", tmp_path / "out"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert done.stderr == b""
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ PIN = {
 
 
 def dump(path: Path, fields: Any) -> None:
+    """Write JSON; a plan with its own hash."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == "plan.json":
+        fields = sealed({name: value for name, value in fields.items() if name != "sha256"})
     path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
 
 
@@ -79,7 +82,7 @@ class Folder:
             },
             "outputs": [{"stem": "run", "queries": 4, "sources": [source]}],
         }
-        dump(self.path / "plan.json", sealed(fields))
+        dump(self.path / "plan.json", fields)
 
     def commit(self, number: int, stage: str = "pointwise", **changed: Any) -> Path:
         key = KEYS[number]

@@ -134,6 +134,9 @@ def test_what_a_run_refuses_is_refused(spec: JobSpec, tmp_path: Path) -> None:
     run_job(spec)
     with pytest.raises(ConfigurationError, match="another job"):
         estimate(replace(spec, pointwise=replace(spec.pointwise, depth=3)))
+    other = replace(spec, pointwise=replace(spec.pointwise, depth=3))
+    assert estimate(other, restart=True)["already_done"] is False
+    assert estimate(spec, restart=True)["already_done"] is False
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(OutputError, match="not ours"):
         estimate(replace(spec, output=replace(spec.output, folder=str(tmp_path))))

@@ -1,6 +1,7 @@
 """What `gc` removes, and all that it must not."""
 
 import fcntl
+import itertools
 import os
 import time
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dear_batch.errors import UsageError
+from dear_batch.run import ledger
 from dear_batch.run.gc import Collected, age_s, collect
 from dear_batch.run.verify import verify
-from tests.run.folders import FINGERPRINT, KEYS, Folder
+from tests.run.folders import FINGERPRINT, KEYS, Folder, dump
 
 DAY = 24 * 3600
 OTHER = "f" * 32
@@ -191,7 +193,62 @@ def test_the_end_goes_first(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("dear_batch.run.gc.discard", discard)
     only(folder.path, older_than_s=DAY)
     assert seen[0] == "manifest.json"
-    assert seen[-1] == "plan.json"
+    assert seen[-2] == "plan.json"
+    assert seen[-1].startswith(".removing.")
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("before", range(12))
+def test_a_removal_that_was_killed_is_finished(
+    before: int, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the next gc, though the age of the folder is not known any more."""
+    put(folder.path, *ORPHANS)
+    age(folder.path, 2)
+    steps = itertools.count()
+
+    def discard(path: Path) -> None:
+        if next(steps) == before:
+            raise KilledError
+        ledger.discard(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dear_batch.run.gc.discard", discard)
+        with pytest.raises(KilledError):
+            only(folder.path, older_than_s=DAY)
+    assert folder.path.exists()
+    dry = only(folder.path.parent, dry_run=True)
+    assert dry.action == "removed"
+    found = only(folder.path.parent)
+    assert (found.action, found.files, found.bytes) == ("removed", dry.files, dry.bytes)
+    assert not folder.path.exists()
+
+
+def test_a_folder_half_removed_and_run_again_is_a_jobs(folder: Folder) -> None:
+    """The run removes what marks the removal, as it does all temporary files."""
+    mark = folder.path / f".removing.{OTHER}.tmp"
+    (folder.path / "_SUCCESS").rename(mark)
+    assert mark in ledger.temporaries(folder.path)
+    mark.unlink()
+    before = tree(folder.path)
+    assert only(folder.path, older_than_s=0).action == "orphans"
+    assert tree(folder.path) == before
+
+
+@pytest.mark.parametrize("outputs", [None, 5, [{}], ["run"], [{"stem": "\0"}]])
+def test_a_plan_of_another_form_fails_alone(outputs: object, folder: Folder) -> None:
+    other = Folder(folder.path.parent / "zz").write()
+    plan = {"schema_version": 2} if outputs is None else {"schema_version": 2, "outputs": outputs}
+    dump(folder.path / "plan.json", plan)
+    for path in (folder.path, other.path):
+        os.utime(path / "_SUCCESS", (0, 0))
+    before = tree(folder.path)
+    first, second = collect([folder.path.parent], older_than_s=DAY)
+    assert (first.action, first.exit_code, second.action) == ("failed", 78, "removed")
+    assert tree(folder.path) == before
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dear_batch.errors import InputError, UsageError
+from dear_batch.errors import ConfigurationError, InputError, UsageError
 from dear_batch.run import published
 from dear_batch.run.published import Holder
 from dear_batch.run.status import Progress, status_of
-from tests.run.folders import Folder
+from tests.run.folders import Folder, dump
 
 HOLD = """
 import fcntl, json, os, socket, sys
@@ -67,6 +67,18 @@ def test_a_plan_of_another_version_is_refused(folder: Folder) -> None:
         plan.write_text(text)
         with pytest.raises(InputError, match="of this version"):
             status_of(folder.path)
+
+
+@pytest.mark.parametrize("key", ["outputs", "listwise", "fingerprints"])
+def test_a_plan_of_another_form_is_refused(key: str, folder: Folder) -> None:
+    folder.plan()
+    folder.commit(0)
+    plan = json.loads((folder.path / "plan.json").read_text())
+    del plan[key]
+    dump(folder.path / "plan.json", plan)
+    with pytest.raises(ConfigurationError, match="not what dear-batch run writes") as caught:
+        status_of(folder.path)
+    assert key in caught.value.where
 
 
 def test_a_planned_job(folder: Folder) -> None:

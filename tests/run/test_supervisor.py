@@ -88,7 +88,7 @@ def test_every_spec_reaches_the_child_as_it_is(path: Path) -> None:
 
 def test_a_spec_with_everything_reaches_the_child_as_it_is() -> None:
     options = {
-        "input.paths": ("a\udc80.parquet", "b c*.parquet"),
+        "input.paths": ("a.parquet", "b c*.parquet"),
         "input.max_bad": "0.5%",
         "pointwise.bundle": "ü",
         "pointwise.interpolate": 1 / 3,
