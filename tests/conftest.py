@@ -6,6 +6,7 @@ Random weights with a wide spread, so that scores differ; text from the example 
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COLLECTION = ROOT / "examples" / "collection"
+
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

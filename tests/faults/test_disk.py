@@ -56,7 +56,7 @@ def inject(tmp_path: Path) -> Callable[[str], list[str]]:
     return lambda what: ["strace", "-f", "-qq", "-o", trace, "-e", f"inject={what}"]
 
 
-@pytest.mark.parametrize("fault", ["EIO:when=1", "EIO:when=9", "ENOSPC:when=17", "EIO:when=35"])
+@pytest.mark.parametrize("fault", ["EIO:when=9", "ENOSPC:when=17"])
 def test_a_flush_that_fails_ends_with_73(
     inject: Callable[[str], list[str]],
     settings_file: Path,
@@ -106,7 +106,7 @@ def small_disk(tmp_path: Path) -> Callable[[int], list[str]]:
     return prefix
 
 
-@pytest.mark.parametrize("size", [4096, 16 << 10, 32 << 10, 48 << 10, 64 << 10])
+@pytest.mark.parametrize("size", [4096, 32 << 10, 64 << 10])
 def test_a_full_disk_ends_with_73(
     small_disk: Callable[[int], list[str]], settings_file: Path, tmp_path: Path, size: int
 ) -> None:

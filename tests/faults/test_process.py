@@ -114,7 +114,7 @@ def same_order_without(command: Command, one: str, other: str, gone: set[tuple[s
         assert [s for _, s in rest[qid]] == pytest.approx([s for _, s in kept], abs=1e-4)
 
 
-@pytest.mark.parametrize("where", ["scored", "encoded"])
+@pytest.mark.parametrize("where", ["scored", pytest.param("encoded", marks=pytest.mark.slow)])
 def test_documents_that_kill_the_process_are_found_and_the_rest_goes_on(
     command: Command, rows: list[Row], where: str
 ) -> None:
@@ -172,8 +172,18 @@ def test_an_engine_that_hangs_ends_with_75_and_its_stacks(command: Command, gil:
     assert command.run("out")["exit_code"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("number", "at"),
+    [
+        (signal.SIGTERM, 0),
+        (signal.SIGTERM, 2),
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_a_job_with_75_and_it_goes_on(
     command: Command, number: signal.Signals, at: int
 ) -> None:
@@ -300,7 +310,7 @@ def test_a_damaged_input_ends_with_65(command: Command, fault: str) -> None:
     assert not (command.folder / "out/run.trec").exists()
 
 
-@pytest.mark.parametrize("pairs", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pairs", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_overlapping_runs_publish_once(command: Command, pairs: int) -> None:
     command.run("whole")
     chance = random.Random(4)
