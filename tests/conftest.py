@@ -18,9 +18,12 @@ ROOT = Path(__file__).parent.parent
 COLLECTION = ROOT / "examples" / "collection"
 
 
-# A shell's background jobs ignore Ctrl-C, and so would the processes that tests interrupt.
+# Background jobs of a shell ignore Ctrl-C, and those under nohup the end of a terminal; so would
+# the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
