@@ -106,7 +106,7 @@ def main() -> None:
     else:
         chance = random.Random(20261123)
         for number in range(amount):
-            kills.moment(number, chance.uniform(0, 1.1 * kills.seconds))
+            kills.moment(number, chance.uniform(0, kills.seconds))
     sys.stdout.write(kills.result())
 
 
