@@ -313,6 +313,7 @@ def _incomplete(report: Mapping[str, Any], folder: str) -> IncompleteError | Non
             f"{bad:,} of {report['candidates']['read']:,} candidates were set aside, more than "
             "--max-bad; the others are published.",
             where=f"{folder}: quarantine.parquet",
-            next_step="mend the input, or run the same command with a higher --max-bad",
+            next_step="run the same command with a higher --max-bad; or mend the input, and run it "
+            "with --restart",
         )
     return None

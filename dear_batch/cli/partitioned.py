@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dear_batch.errors import DearBatchError
+from dear_batch.errors import EXIT_INCOMPLETE, DearBatchError
 from dear_batch.log import error_parts, log, log_error
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def run_partitions(
 ) -> Ended:
     """Run every job; only a signal keeps those that are left from being run.
 
-    The exit code is that of the first that did not end with 0.
+    The exit code is that of the first that was not published, one that a retry does not mend
+    before 75, and 3 where all were.
     """
     from dear_batch.run.interrupts import Interrupts
     from dear_batch.run.watch import StoppedError
@@ -57,7 +58,10 @@ def run_partitions(
 
 
 def _together(keys: Sequence[str], ended: Sequence[Ended]) -> Ended:
-    code = next((item.exit_code for item in ended if item.exit_code), 0)
+    # What was published, if not as asked for, hides nothing that was not, and what a retry mends
+    # hides nothing that it does not.
+    codes = [item.exit_code for item in ended if item.exit_code]
+    code = min(codes, key=lambda c: {75: 1, EXIT_INCOMPLETE: 2}.get(c, 0), default=0)
     each = [{"partition": k, **e.fields} for k, e in zip(keys, ended, strict=False)]
     each += [{"partition": key, "status": "not-run"} for key in keys[len(ended) :]]
     statuses = {str(item["status"]) for item in each}

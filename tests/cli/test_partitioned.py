@@ -50,11 +50,11 @@ def test_all_is_well() -> None:
     assert seen == ["dt=0", "dt=1"]
 
 
-def test_what_fails_stops_nothing_and_the_first_gives_the_code() -> None:
+def test_what_fails_stops_nothing_and_what_no_retry_mends_gives_the_code() -> None:
     held = TryAgainError("Another run is at work.")
     ended, seen = run(OK, BAD, InputError("cut", where="x"), OutputError("full"), held, OK)
     assert len(seen) == 6
-    assert (ended.exit_code, ended.fields["status"]) == (3, "failed")
+    assert (ended.exit_code, ended.fields["status"]) == (65, "failed")
     assert statuses(ended) == ["ok", "too-many-bad", "failed", "failed", "failed", "ok"]
     assert ended.fields["partitions"][2] == {
         "partition": "dt=2",
@@ -64,6 +64,8 @@ def test_what_fails_stops_nothing_and_the_first_gives_the_code() -> None:
         "where": "x",
     }
     assert run(held, OK)[0].exit_code == 75
+    assert run(BAD, held)[0].exit_code == 75  # 3 says that all is published
+    assert run(OK, BAD, OK)[0].exit_code == 3
 
 
 def test_a_stop_stops_all() -> None:
