@@ -105,8 +105,9 @@ def main() -> None:
                 number += amount
     else:
         chance = random.Random(20261123)
-        for number in range(amount):
-            kills.moment(number, chance.uniform(0, kills.seconds))
+        for number in range(4 * amount):
+            if kills.kills < amount:  # a moment after the end is no death
+                kills.moment(number, chance.uniform(0, kills.seconds))
     sys.stdout.write(kills.result())
 
 
