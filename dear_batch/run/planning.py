@@ -23,10 +23,9 @@ from dear_batch.run.plan import (
     check_together,
     expand,
     is_there,
-    outputs_from_json,
-    outputs_to_json,
     plan_job,
 )
+from dear_batch.run.plan_json import outputs_from_json, outputs_to_json
 from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec, ListwiseSpec
 

@@ -96,9 +96,7 @@ def verify(folder: Path) -> Verdict:
 def _check_path(folder: Path) -> None:
     try:
         folder.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:  # a name that is too long
+    except OSError as error:  # nothing there, or a name that is too long: no retry mends it
         what = f"A path cannot be used: {error.strerror}."
         raise UsageError(what, where=str(folder), valid="the output folder of a job") from error
 

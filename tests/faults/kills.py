@@ -1,8 +1,8 @@
 """Kills the job of `job.py` at every call that changes the disk, or at random moments.
 
 `python -m tests.faults.kills SETTINGS.json FOLDER every STRIDE`, `… restart STRIDE` (a finished
-job that is begun anew) or `… random COUNT`. After each kill the job runs again. Prints one JSON
-line: how many kills, and what went wrong.
+job that is begun anew) or `… random COUNT` deaths. After each kill the job runs again. Prints one
+JSON line: how many kills, and what went wrong.
 """
 
 import json

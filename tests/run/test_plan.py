@@ -23,11 +23,10 @@ from dear_batch.run.plan import (
     SHARDS,
     cut,
     expand,
-    outputs_from_json,
-    outputs_to_json,
     plan_job,
     shard_bytes,
 )
+from dear_batch.run.plan_json import outputs_from_json, outputs_to_json
 from dear_batch.specs import InputSpec, JobSpec, OutputSpec, PointwiseSpec
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=40)

@@ -293,3 +293,9 @@ def test_the_first_faults_are_named(folder: Folder) -> None:
     assert "results.parquet: it is missing" in error.where
     assert "quarantine.parquet: it is missing" in error.where
     assert "--restart" in error.next_step
+
+
+def test_a_folder_that_is_not_there_is_a_wrong_command_line(tmp_path: Path) -> None:
+    """75 would have a scheduler try a mistyped name for ever."""
+    with pytest.raises(UsageError):
+        verify(tmp_path / "typo")
