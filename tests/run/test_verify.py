@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dear_batch.errors import TryAgainError
+from dear_batch.errors import TryAgainError, UsageError
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
 from dear_batch.run import verify_run
 from dear_batch.run.folder import read_plan, write_plan
