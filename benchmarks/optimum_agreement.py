@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 TOLERANCE = 1e-4
-PAIRS = Path(__file__).parent.parent / "dear_batch" / "export" / "parity_pairs.jsonl"
+PAIRS = Path(__file__).parent.parent / "dear_batch" / "pointwise" / "parity_pairs.jsonl"
 
 
 def lists() -> list[dict]:

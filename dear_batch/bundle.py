@@ -4,34 +4,41 @@
     config.json tokenizer.json …                  as Hugging Face saves them
     onnx/model.onnx onnx/packed.onnx onnx/weights.safetensors   pointwise
     model.safetensors …                           listwise
+    engines/tensorrt_rtx-sm_89/<sha256>.plan …    compiled, each for one kind of GPU
 
 A bundle is trusted file by file: nothing is loaded that the manifest does not name with its
 hash, and the folder holds nothing else, since transformers takes what it finds there. Native
 libraries open files by their paths, so what was checked is compared with what lies there once
-they have. Knows nothing of engines or of how a bundle is made.
+they have. Engines are listed by themselves: they can be added later, and one is checked when it
+is about to be loaded. Knows nothing of engines or of how a bundle is made.
 """
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from dear_batch import trust
-from dear_batch.bundle_files import changed, check_files, check_nothing_else, regular, unreadable
+from dear_batch.bundle_files import changed, check_files, checked_plan, check_nothing_else, regular, unreadable
 from dear_batch.errors import ConfigurationError, TrustError
 from dear_batch.manifest_fields import misfit
+from dear_batch.pointwise.profiles import Profile
 from dear_batch.pointwise.recipe import Recipe
 from dear_batch.verified import FileState, Hashes, opened_folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "bundle.json"
 MAX_MANIFEST_BYTES = 16 << 20
 OWN = "sha256"  # the manifest's field about itself
 BLANK = "0" * 64
 Task = Literal["pointwise", "listwise"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Flavour = Literal["tensorrt", "tensorrt_rtx"]  # which of its two products, as Python imports it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +61,59 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Engine:
+    """A TensorRT plan of the packed graph: it runs on that version, SM and platform alone.
+
+    `path` within the bundle; `sm` such as "sm_89"; `platform` such as "linux-x86_64";
+    `row_tokens` and `batch_tokens` are the most that its profiles take.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    flavour: Flavour
+    version: str
+    sm: str
+    platform: str
+    precision: Precision
+    row_tokens: int
+    batch_tokens: int
+    profiles: tuple[Profile, ...]
+    build_seconds: float
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The record that `asdict` made."""
+        return cls(**{**fields, "profiles": tuple(map(Profile.from_json, fields["profiles"]))})
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        return f"{self.flavour} {self.version} {self.sm} {self.precision} ({self.platform})"
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """The contents of `bundle.json`.
 
     `graphs` maps a graph's path to its inputs and outputs: name → [dtype, dimension…].
+    `own_scores` are PyTorch's fp32 scores of the pairs that the package brings
+    (`pointwise.own_pairs`); `peaks` the largest absolute values around each layer's
+    down-projection while they were scored. Both are None for a listwise bundle.
     """
 
     task: Task
     source: Source
-    precision: str
+    precision: Precision
     recipe: Recipe | None
     architecture: Mapping[str, int | str]
     graphs: Mapping[str, Any]
     parity: Mapping[str, Any] | None
     versions: Mapping[str, str]
     created: str
+    own_scores: tuple[float, ...] | None = None
+    peaks: tuple[float, ...] | None = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    engines: tuple[Engine, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -77,9 +121,15 @@ class Manifest:
         """The manifest that `to_json` wrote."""
         recipe = fields["recipe"]
         files = {path: FileRecord(**record) for path, record in fields["files"].items()}
+        lists = {
+            name: None if fields[name] is None else tuple(fields[name])
+            for name in ("own_scores", "peaks")
+        }
         return cls(
             **{
                 **fields,
+                **lists,
+                "engines": tuple(map(Engine.from_json, fields["engines"])),
                 "source": Source(**fields["source"]),
                 "recipe": None if recipe is None else Recipe.from_json(recipe),
                 "files": files,
@@ -93,7 +143,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle. `opened` is what its files and folders were when they were checked."""
+    """An opened bundle. `opened` is what its files and folders were when they were checked.
+
+    `sha256` is that of the manifest without its engines: it says what model this is.
+    """
 
     folder: Path
     manifest: Manifest
@@ -133,6 +186,20 @@ class Bundle:
                 return FileState.of(os.stat(name, dir_fd=top, follow_symlinks=False))
         except OSError:
             return None
+
+    @contextmanager
+    def plan(self, engine: Engine) -> Iterator[mmap.mmap]:
+        """The bytes of an engine, seen to be those that the manifest names, while they are used.
+
+        Raises:
+            TrustError: they are not, or were written to meanwhile, or it is no regular file.
+        """
+        with (
+            unreadable(self.folder, engine.path),
+            opened_folder(self.folder) as top,
+            checked_plan(self.folder, top, engine) as data,
+        ):
+            yield data
 
     @property
     def recipe(self) -> Recipe:
@@ -214,7 +281,12 @@ def open_bundle(
         if verify:
             opened |= check_nothing_else(folder, top, {MANIFEST, *manifest.files})
             opened |= check_files(folder, top, manifest.files, Hashes.load(paranoid=paranoid))
-    return Bundle(folder, manifest, hashlib.sha256(raw).hexdigest(), opened)
+    return Bundle(folder, manifest, _identity(manifest), opened)
+
+
+def _identity(manifest: Manifest) -> str:
+    fields = {**manifest.to_json(), "engines": []}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(folder: Path, top: int) -> tuple[bytes, FileState]:

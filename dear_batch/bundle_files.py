@@ -3,6 +3,7 @@
 Knows what a manifest says of files, nothing else of it.
 """
 
+import mmap
 import os
 import shlex
 import stat
@@ -18,9 +19,10 @@ from dear_batch.errors import TrustError
 from dear_batch.verified import FileState, Hashes, opened_file, opened_folder
 
 if TYPE_CHECKING:
-    from dear_batch.bundle import FileRecord
+    from dear_batch.bundle import Engine, FileRecord
 
 GRAPHS = "onnx"  # a graph may name any file beside it as its weights
+ENGINES = "engines"  # nothing is loaded from there but by its own record
 
 
 def check_nothing_else(folder: Path, top: int, listed: AbstractSet[str]) -> dict[str, FileState]:
@@ -42,7 +44,7 @@ def check_nothing_else(folder: Path, top: int, listed: AbstractSet[str]) -> dict
             path = (PurePosixPath(name) / entry).as_posix()
             # transformers loads no hidden files, and a desktop leaves some.
             hidden = entry.startswith(".") and path.split("/")[0] != GRAPHS
-            if path not in listed | folders and not hidden:
+            if path not in listed | folders | {ENGINES} and not hidden:
                 raise _unlisted(folder, path)
     return states
 
@@ -80,23 +82,50 @@ def check_files(
 
 
 @contextmanager
-def regular(folder: Path, top: int, name: str) -> Iterator[tuple[BufferedReader, FileState]]:
+def checked_plan(folder: Path, top: int, engine: "Engine") -> Iterator[mmap.mmap]:
+    """An engine's bytes, hashed on the descriptor that they are read through.
+
+    Raises:
+        TrustError: it is missing, linked or changed, or was written to while it was used.
+    """
+    again = (
+        f"dear-batch export {shlex.quote(str(folder))} --engine tensorrt --target {engine.sm}; or "
+    )
+    hashes = Hashes.load()
+    with regular(folder, top, engine.path, again) as (file, state):
+        if state.bytes != engine.bytes:
+            raise changed(folder, engine.path, f"{state.bytes} bytes, not {engine.bytes}", again)
+        if not hashes.matches(file, state, engine.sha256):
+            raise changed(folder, engine.path, "its sha256 differs", again)
+        hashes.save()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+        if FileState.of(os.fstat(file.fileno())) != state:
+            raise changed(folder, engine.path, "it was written to while it was loaded", again)
+
+
+@contextmanager
+def regular(
+    folder: Path, top: int, name: str, first: str = ""
+) -> Iterator[tuple[BufferedReader, FileState]]:
     """A file of the bundle, opened: no link anywhere on the way, and of one name only.
+
+    `first` is what an error says to try first.
 
     Raises:
         TrustError: it is something else, or not there.
     """
-    with unreadable(folder, name), opened_file(top, name) as file:
+    with unreadable(folder, name, first), opened_file(top, name) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise changed(folder, name, "it is not a regular file")
+            raise changed(folder, name, "it is not a regular file", first)
         if found.st_nlink > 1:  # it could be written to through its other name
-            raise changed(folder, name, "it is a hard link")
+            raise changed(folder, name, "it is a hard link", first)
         yield file, FileState.of(found)
 
 
 @contextmanager
-def unreadable(folder: Path, name: str) -> Iterator[None]:
+def unreadable(folder: Path, name: str, first: str = "") -> Iterator[None]:
     """Turn what the system says of a file into an error about the bundle.
 
     Raises:
@@ -106,7 +135,7 @@ def unreadable(folder: Path, name: str) -> Iterator[None]:
         yield
     except OSError as error:
         why = f"it is missing, a link, or cannot be read: {error.strerror}"
-        raise changed(folder, name, why) from error
+        raise changed(folder, name, why, first) from error
 
 
 def changed(folder: Path, name: str, why: str, first: str = "") -> TrustError:

@@ -14,6 +14,8 @@ from dear_batch.trust import why_no_name
 
 REVISION = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SM = re.compile(r"sm_\d{2,3}")
+PLAN = re.compile(r"engines/[a-z0-9_-]+/[0-9a-f]{64}\.plan")
 MAX_ID = 2**31 - 1  # token ids are int32
 SHOWN = 60  # characters of a wrong value
 
@@ -115,10 +117,6 @@ _SOURCE = _record(
     adapter_revision=_optional(_revision),
     base_checked_by=_optional(_one_of("name", "shapes")),
 )
-_FILE = _record(
-    bytes=_whole(0, 2**63 - 1),
-    sha256=_kind("sha256", lambda v: isinstance(v, str) and bool(SHA256.fullmatch(v))),
-)
 _RECIPE = _record(
     name=_one_of(*get_args(RecipeName)),
     pooling=_one_of(*get_args(Pooling)),
@@ -145,16 +143,38 @@ _PARITY = _record(
         )
     ),
 )
+_sha256 = _kind("sha256", lambda v: isinstance(v, str) and bool(SHA256.fullmatch(v)))
+_bytes = _whole(0, 2**63 - 1)
+_positive = _whole(1, MAX_ID)
+_FILE = _record(bytes=_bytes, sha256=_sha256)
+_span = _record(least=_positive, best=_positive, most=_positive)
+_ENGINE = _record(
+    path=_kind("path", lambda v: isinstance(v, str) and PLAN.fullmatch(v) is not None),
+    bytes=_bytes,
+    sha256=_sha256,
+    flavour=_one_of("tensorrt", "tensorrt_rtx"),
+    version=_text,
+    sm=_kind("SM", lambda v: isinstance(v, str) and bool(SM.fullmatch(v))),
+    platform=_text,
+    precision=_one_of("fp32", "fp16", "bf16"),
+    row_tokens=_positive,
+    batch_tokens=_positive,
+    profiles=_list_of(_record(rows=_span, tokens=_span, documents=_span)),
+    build_seconds=_number,
+)
 _MANIFEST = _record(
     schema_version=_number,
     task=_one_of("pointwise", "listwise"),
     source=_SOURCE,
-    precision=_text,
+    precision=_one_of("fp32", "fp16", "bf16"),
     recipe=_optional(_RECIPE),
     architecture=_map_of(_kind("text or number", lambda v: type(v) in (str, int))),
     graphs=_object,
     parity=_optional(_PARITY),
     versions=_map_of(_text),
     created=_text,
+    own_scores=_optional(_list_of(_number)),
+    peaks=_optional(_list_of(_number)),
+    engines=_list_of(_ENGINE),
     files=_map_of(_FILE),
 )

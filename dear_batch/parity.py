@@ -1,6 +1,7 @@
 """Compares two engines' scores for the same candidate lists. Knows only numbers.
 
-Used when a bundle is exported: its graphs against plain PyTorch.
+Used when a bundle is exported, its graphs against plain PyTorch, and when an engine runs for the
+first time on a machine.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,37 @@ class Parity:
     top10_overlap: float
     ties: int
     reference_ties: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What scores of a precision must keep to; None leaves a figure open.
+
+    Attributes:
+        absolute: the largest difference, in logits.
+        relative: the same over the standard deviation of the reference scores.
+        tau, overlap: the least mean Kendall's τ and top-10 overlap.
+    """
+
+    absolute: float | None = None
+    relative: float | None = None
+    tau: float = 0.0
+    overlap: float = 0.0
+
+    def misses(self, parity: Parity) -> str | None:
+        """What of a comparison is beyond the gate; None where nothing is."""
+        figures = (
+            ("max |Δscore|", parity.max_abs_difference, self.absolute),
+            ("max |Δscore| ÷ spread", parity.relative_difference, self.relative),
+        )
+        for name, found, most in figures:
+            if most is not None and not found <= most:
+                return f"{name} {found:.3g}, more than {most:g}"
+        if not parity.kendall_tau >= self.tau:
+            return f"Kendall τ {parity.kendall_tau:.4f}, less than {self.tau:g}"
+        if not parity.top10_overlap >= self.overlap:
+            return f"top-10 overlap {parity.top10_overlap:.4f}, less than {self.overlap:g}"
+        return None
 
 
 def compare(reference: Sequence[Scores], scores: Sequence[Scores]) -> Parity:

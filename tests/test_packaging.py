@@ -63,7 +63,7 @@ def test_every_source_and_data_file_is_in_the_wheel(wheel: dict[str, str]) -> No
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert {path for path in wheel if path.startswith("dear_batch/")} == files
-    data = {"py.typed", "export/parity_pairs.jsonl", "listwise/prompts/readme.toml"}
+    data = {"py.typed", "pointwise/parity_pairs.jsonl", "listwise/prompts/readme.toml"}
     assert {f"dear_batch/{name}" for name in data} <= files
 
 
