@@ -118,14 +118,12 @@ def _fit(here: _Here, engine: Chosen, kind: str, device: str) -> Choice | Obstac
     gpu = _gpu(here.machine, device)
     if not isinstance(gpu, Gpu):
         return gpu
-    plan = None
+    device = f"cuda:{gpu.number}"
     if engine == "tensorrt":
         plan = _plan(here, gpu)
-        if not isinstance(plan, Engine):
-            return plan
-    elif obstacle := (_onnxruntime if engine == "onnxruntime" else _torch)(here.machine):
-        return obstacle
-    return Choice(engine, f"cuda:{gpu.number}", plan)
+        return Choice(engine, device, plan) if isinstance(plan, Engine) else plan
+    obstacle = (_onnxruntime if engine == "onnxruntime" else _torch)(here.machine)
+    return obstacle or Choice(engine, device)
 
 
 def _gpu(machine: Machine, device: str) -> Gpu | Obstacle:
@@ -195,7 +193,8 @@ def _plan(here: _Here, gpu: Gpu) -> Engine | Obstacle:
     engines, this = here.bundle.manifest.engines, (gpu.sm, here.machine.platform)
     build = build_command(here.bundle, here.machine, gpu)
     if here.bundle.recipe.pooling == "final-position":
-        return "the recipe pools at the final position, which takes padded rows", "nothing does"
+        why = "the recipe pools at the final position, which takes padded rows"
+        return why, "export the checkpoint again with --pooling last-token"
     if not engines:
         return "the bundle holds no TensorRT engine", build
     fitting = [engine for engine in engines if (engine.sm, engine.platform) == this]
@@ -249,8 +248,9 @@ def _nothing(
             other = choose(here.bundle, here.machine, fault=here.fault)
             kind = other.device.partition(":")[0]
             valid = f"--engine {other.engine} --device {kind}, which runs here"
+    what = f"This machine cannot score {here.bundle.folder} with {asked or 'any engine'}"
     return ConfigurationError(
-        f"This machine cannot score {here.bundle.folder} with {asked or 'any engine'}: {passed_over[0].why}.",
+        f"{what}: {passed_over[0].why}.",
         where="; ".join(map(str, passed_over)) if len(reasons) > 1 else "",
         valid=valid,
         next_step=f"{passed_over[0].next_step}; dear-batch doctor shows what is here",
