@@ -7,9 +7,9 @@ out, last of all, whether Python can import it. Opens no plan and no graph.
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from shlex import quote
-from typing import Literal
+from typing import Any, Literal
 
 from dear_batch.bundle import Bundle, Engine
 from dear_batch.errors import ConfigurationError
@@ -60,6 +60,13 @@ class Choice:
     plan: Engine | None = None
     passed_over: tuple[PassedOver, ...] = ()
 
+    def engine_version(self, machine: Machine) -> str | None:
+        """The version of the package that runs it."""
+        if self.plan:
+            return self.plan.version
+        package = machine.onnxruntime if self.engine == "onnxruntime" else machine.torch
+        return package.version if package else None
+
 
 @dataclass(frozen=True, slots=True)
 class _Here:
@@ -98,6 +105,16 @@ def choose(
             return Choice(found.engine, found.device, found.plan, tuple(passed_over))
         passed_over.append(PassedOver(name, kind, *found))
     raise _nothing(here, engine, device, passed_over)
+
+
+def told(choice: Choice) -> dict[str, Any]:
+    """A choice as fields of a log or a report."""
+    return {
+        "engine": choice.engine,
+        "device": choice.device,
+        "plan": choice.plan and str(choice.plan),
+        "passed_over": [asdict(item) for item in choice.passed_over],
+    }
 
 
 def build_command(bundle: Bundle, machine: Machine, gpu: Gpu) -> str:
@@ -140,9 +157,9 @@ def _gpu(machine: Machine, device: str) -> Gpu | Obstacle:
 
 def _package_for_cpu(machine: Machine, engine: Chosen) -> Obstacle | None:
     if engine == "onnxruntime" and machine.onnxruntime is None:
-        return "it is not installed", "pip install onnxruntime-gpu"
+        return "onnxruntime is not installed", "pip install onnxruntime-gpu"
     if engine == "torch" and machine.torch is None:
-        return "it is not installed", "pip install 'dear-batch[export]'"
+        return "torch is not installed", "pip install 'dear-batch[export]'"
     return None
 
 
@@ -150,7 +167,7 @@ def _onnxruntime(machine: Machine) -> Obstacle | None:
     """What keeps ONNX Runtime from a GPU."""
     package = machine.onnxruntime
     if package is None:
-        return "it is not installed", "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        return "onnxruntime is not installed", "pip install 'onnxruntime-gpu[cuda,cudnn]'"
     if package.cuda is None:
         return (
             f"{package.name} {package.version} is a build for CPUs",
@@ -167,7 +184,7 @@ def _torch(machine: Machine) -> Obstacle | None:
     """What keeps PyTorch from a GPU."""
     package = machine.torch
     if package is None:
-        return "it is not installed", "pip install 'dear-batch[export]'"
+        return "torch is not installed", "pip install 'dear-batch[export]'"
     if package.cuda is None:
         return (
             f"torch {package.version} is a build for CPUs",
@@ -248,10 +265,13 @@ def _nothing(
             other = choose(here.bundle, here.machine, fault=here.fault)
             kind = other.device.partition(":")[0]
             valid = f"--engine {other.engine} --device {kind}, which runs here"
+    # Of those that ask least of the machine: why the CPU, where it was allowed, will not do.
+    least = [item for item in passed_over if item.device == passed_over[-1].device]
+    first = next((item for item in least if item.engine != "tensorrt"), least[0])
     what = f"This machine cannot score {here.bundle.folder} with {asked or 'any engine'}"
     return ConfigurationError(
-        f"{what}: {passed_over[0].why}.",
+        f"{what}: {first.why}.",
         where="; ".join(map(str, passed_over)) if len(reasons) > 1 else "",
         valid=valid,
-        next_step=f"{passed_over[0].next_step}; dear-batch doctor shows what is here",
+        next_step=f"{first.next_step}; dear-batch doctor shows what is here",
     )
