@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import UsageError
-from dear_batch.pointwise.selection import told
+from dear_batch.machine import machine
+from dear_batch.pointwise.selection import choose, told
 from dear_batch.run import listwise, outcome, pointwise
 from dear_batch.run.folder import (
     check_folder,
@@ -129,10 +130,18 @@ class Job:
         if self.stage == "listwise":
             self.ledger.drop(listwise.STAGE)
             return
-        open_bundle(self.spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid)
+        self._check_engine()
         if self.spec.listwise and self.stage == "all":
             listwise.prepare(self.spec.listwise, execution.device, paranoid=execution.paranoid)
         clear(folder, outcome.published_by(folder))
+
+    def _check_engine(self) -> None:
+        """Find out early whether what is asked for can run here."""
+        execution = self.spec.execution
+        bundle = open_bundle(
+            self.spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid
+        )
+        choose(bundle, machine(), execution.engine, execution.device)
 
     def _begin(self, phase: str) -> None:
         self.phase = phase
@@ -167,6 +176,8 @@ class Job:
         with self.clock.timed("plan"):
             fields = fitting_plan(folder, wanted, self.stage)
             if fields is None:
+                if self.stage != "listwise":
+                    self._check_engine()
                 plan, fields = new_plan(self.spec, wanted, self.ledger, self.watch)
         commits = self._kept(fields)
         if self.stage != "listwise":
