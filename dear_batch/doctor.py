@@ -125,9 +125,16 @@ def _tensorrt(machine: Machine, gpu: Gpu, fault: Callable[[str], str]) -> obstac
             found.append(obstacle)
         else:
             return None
-    return (
-        found[0] if found else ("tensorrt is not installed", "pip install 'dear-batch[tensorrt]'")
-    )
+    return found[0] if found else ("tensorrt is not installed", INSTALL["tensorrt"])
+
+
+def _builds(machine: Machine) -> Iterator[Fields]:
+    """What GPUs each TensorRT can build engines for here: its own, or any of a list."""
+    installed = {package.name for package in machine.tensorrt}
+    own = tuple(dict.fromkeys(gpu.sm for gpu in machine.driver.gpus))
+    for name, targets in (("tensorrt", own), ("tensorrt_rtx", obstacles.RTX_TARGETS)):
+        found = targets if name in installed else ()
+        yield {"flavour": name, "targets": found, "next": "" if found else INSTALL[name]}
 
 
 def _models(machine: Machine) -> Iterator[Fields]:

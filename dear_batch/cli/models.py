@@ -83,7 +83,7 @@ def export(spec: Path | None, dry_run: bool, **options: str | None) -> None:
 @click.option(
     "--engine",
     default="auto",
-    type=click.Choice(["auto", "onnxruntime", "torch"]),
+    type=click.Choice(["auto", "tensorrt", "onnxruntime", "torch"]),
     show_default=True,
 )
 def score(bundle: Path, query: str, documents: tuple[str, ...], device: str, engine: Any) -> None:
