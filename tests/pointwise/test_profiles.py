@@ -56,7 +56,7 @@ def test_every_batch_and_every_part_of_one_fits_a_profile(
             assert R in profile.rows
             assert T in profile.tokens
             assert N in profile.documents
-            assert R == rows
+            assert rows == R
             assert tokens <= T < tokens + max(8, tokens / 8)
             assert documents <= N < 2 * documents
 
