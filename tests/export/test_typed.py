@@ -68,7 +68,7 @@ def test_products_are_narrow_and_all_else_is_not(precision: str, bundle: Make) -
     found: dict[str, set[int]] = {}
     for node, kind in typed_nodes(bundle("llama31", precision=precision) / "onnx/packed.onnx"):
         if node.op_type == "MatMul":
-            name = "head" if any("score" in name for name in node.input) else "product"
+            name = "head" if any("score.weight" in name for name in node.input) else "product"
             found.setdefault(name, set()).add(kind)
         elif node.op_type in {
             "Softmax",
