@@ -44,13 +44,14 @@ class Layout:
 
     `packed` rows hold many documents in at most `row_tokens`; other rows hold one each, all
     padded to `fixed_length` where that is given. A batch, padding included, stays within
-    `batch_tokens` (a single row always passes).
+    `batch_tokens` (a single row always passes), and has `most_rows` at most.
     """
 
     packed: bool
     row_tokens: int
     batch_tokens: int
     fixed_length: int | None = None
+    most_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,13 @@ class Batch:
     """Rows that one scorer call takes, and the pairs they index.
 
     `documents` names, for each of the N scores, the pair it belongs to, row by row. `length`
-    is T: what rows are padded to.
+    is T: what rows are padded to. No part of it has more rows than `most_rows`.
     """
 
     pairs: Sequence[EncodedPair]
     rows: tuple[Row, ...]
     length: int
+    most_rows: int | None = None
 
     @property
     def documents(self) -> list[int]:
@@ -186,7 +188,7 @@ def batches(pairs: Sequence[EncodedPair], layout: Layout) -> Iterator[Batch]:
         ValueError: a pair is longer than a packed row.
     """
     rows = pack(pairs, layout.row_tokens) if layout.packed else one_document_a_row(pairs)
-    yield from _together(pairs, rows, layout.batch_tokens, layout.fixed_length)
+    yield from _together(pairs, rows, layout)
 
 
 def smaller(batch: Batch, most: int, fixed_length: int | None = None) -> list[Batch]:
@@ -196,7 +198,9 @@ def smaller(batch: Batch, most: int, fixed_length: int | None = None) -> list[Ba
     only part.
     """
     rows = [part for row in batch.rows for part in _split(batch.pairs, row, most)]
-    return list(_together(batch.pairs, rows, most, fixed_length))
+    return list(
+        _together(batch.pairs, rows, Layout(True, most, most, fixed_length, batch.most_rows))
+    )
 
 
 def _split(pairs: Sequence[EncodedPair], row: Row, most: int) -> list[Row]:
@@ -217,15 +221,13 @@ def _row(pairs: Sequence[EncodedPair], places: list[tuple[bytes, int]]) -> Row:
     return Row(groups, prefixes + sum(len(pairs[d].document_ids) for _, d in places))
 
 
-def _together(
-    pairs: Sequence[EncodedPair], rows: list[Row], most: int, fixed_length: int | None
-) -> Iterator[Batch]:
+def _together(pairs: Sequence[EncodedPair], rows: list[Row], layout: Layout) -> Iterator[Batch]:
     rows.sort(key=lambda row: -row.tokens)
     start = 0
     while start < len(rows):
-        length = fixed_length or rows[start].tokens
-        count = max(1, most // length)
-        yield Batch(pairs, tuple(rows[start : start + count]), length)
+        length = layout.fixed_length or rows[start].tokens
+        count = max(1, min(layout.batch_tokens // length, layout.most_rows or len(rows)))
+        yield Batch(pairs, tuple(rows[start : start + count]), length, layout.most_rows)
         start += count
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from dear_batch import parity
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import (
     ConfigurationError,
@@ -20,11 +21,11 @@ from dear_batch.errors import (
     OutputError,
     TrustError,
 )
-from dear_batch.export import gate
 from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
 from dear_batch.pointwise.onnx_scorer import PackedOnnxScorer, PaddedOnnxScorer
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import open_scorer, score_pairs
+from dear_batch.pointwise.selection import Choice
 from dear_batch.pointwise.torch_scorer import TorchScorer
 from dear_batch.specs import ExportSpec
 from tests.conftest import save_checkpoint
@@ -85,7 +86,7 @@ def test_all_engines_score_as_the_readme_does(
 def test_the_manifest_describes_the_bundle(style: str, bundle: Make) -> None:
     folder = bundle(style)
     fields = json.loads((folder / "bundle.json").read_text())
-    assert fields["schema_version"] == 1
+    assert fields["schema_version"] == 2
     assert fields["task"] == "pointwise"
     assert fields["architecture"]["hidden_size"] == 64
     assert fields["architecture"]["num_layers"] == 2
@@ -145,8 +146,10 @@ def test_a_4x_config_keeps_its_rope_scaling(
     new = open_bundle(bundle("llama31"))
     encoder = PairEncoder.from_file(new.folder / "tokenizer.json", new.recipe)
     (pairs,) = encoder.encode([("q", [("", " ".join(texts[i : i + 4])) for i in range(6)])])
-    expected = score_pairs(open_scorer(new), pairs)
-    np.testing.assert_array_equal(score_pairs(open_scorer(exported), pairs), expected)
+    expected = score_pairs(open_scorer(new, Choice("onnxruntime", "cpu")), pairs)
+    np.testing.assert_array_equal(
+        score_pairs(open_scorer(exported, Choice("onnxruntime", "cpu")), pairs), expected
+    )
     # And the scaling matters: without it these scores differ.
     config["rope_scaling"] = None
     (old / "config.json").write_text(json.dumps(config))
@@ -170,7 +173,12 @@ def test_any_depth_is_exported_from_two_traced_layers(
     encoder = PairEncoder.from_file(bundle.folder / "tokenizer.json", bundle.recipe)
     (pairs,) = encoder.encode([("q", [("", text) for text in texts[:8]])])
     expected = readme_logits(model, "q", list(texts[:8]))
-    np.testing.assert_allclose(score_pairs(open_scorer(bundle), pairs), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        score_pairs(open_scorer(bundle, Choice("onnxruntime", "cpu")), pairs),
+        expected,
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 def test_final_position_pooling_is_served_unpacked_at_full_length(
@@ -194,7 +202,10 @@ def test_final_position_pooling_is_served_unpacked_at_full_length(
         last = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
         at_last_token = model.score(last[torch.arange(9), mask.sum(-1) - 1])[:, 0].numpy()
     assert np.abs(expected - at_last_token).max() > 1e-2
-    for scorer in (open_scorer(opened), open_scorer(opened, engine="torch")):
+    for scorer in (
+        open_scorer(opened, Choice("onnxruntime", "cpu")),
+        open_scorer(opened, Choice("torch", "cpu")),
+    ):
         assert scorer.layout.fixed_length == 228
         np.testing.assert_allclose(score_pairs(scorer, pairs), expected, atol=1e-4, rtol=0)
 
@@ -217,7 +228,11 @@ def test_pad_like_tokens_inside_a_pair_do_not_move_the_pooling(
         ]
         expected = [float(model.score(h[0, -1])) for h in hidden]
     standard = PaddedOnnxScorer(opened.folder / "onnx/model.onnx", opened.recipe, "cpu")
-    for scorer in (open_scorer(opened), standard, open_scorer(opened, engine="torch")):
+    for scorer in (
+        open_scorer(opened, Choice("onnxruntime", "cpu")),
+        standard,
+        open_scorer(opened, Choice("torch", "cpu")),
+    ):
         np.testing.assert_allclose(score_pairs(scorer, pairs), expected, atol=1e-4, rtol=0)
 
 
@@ -260,7 +275,7 @@ def test_a_listwise_adapter_becomes_merged_safetensors(
         torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, atol=1e-4, rtol=0)
     assert AutoTokenizer.from_pretrained(bundle.folder).encode("a b")
     with pytest.raises(ConfigurationError, match="no scores"):
-        open_scorer(bundle)
+        open_scorer(bundle, Choice("onnxruntime", "cpu"))
 
 
 def test_listwise_weights_are_cast_once_to_the_checkpoints_dtype(
@@ -460,7 +475,7 @@ def test_an_output_that_exists_is_refused(tmp_path: Path, checkpoint: Make) -> N
 def test_a_failed_gate_leaves_nothing(
     tmp_path: Path, checkpoint: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(gate.TOLERANCE, "fp32", 1e-12)
+    monkeypatch.setitem(parity.GATES, "fp32", parity.Gate(absolute=1e-12))
     match = "does not score as PyTorch does"
     refused(tmp_path, ConfigurationError, match, model=str(checkpoint("llama31")))
 
@@ -471,8 +486,9 @@ def test_parity_data_of_the_user_is_measured_and_not_kept(tmp_path: Path, checkp
     data.write_text(json.dumps({"query": "classified", "documents": documents}))
     folder = export(tmp_path, model=str(checkpoint("llama31")), parity_data=str(data))
     text = (folder / "bundle.json").read_text()
-    assert json.loads(text)["parity"]["graphs"]["packed.onnx"]["pairs"] == 3
-    assert json.loads(text)["parity"]["data"] == "user"
+    assert json.loads(text)["parity"]["graphs"]["packed.onnx"]["pairs"] == 64 + 3
+    assert json.loads(text)["parity"]["data"] == "dear-batch and user"
+    assert len(json.loads(text)["own_scores"]) == 64
     assert "secret" not in text
     assert "classified" not in text
 

@@ -29,7 +29,7 @@ from dear_batch.errors import (
 )
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
 from dear_batch.pointwise.rows import Batch
-from dear_batch.pointwise.scorer import Scorer, open_scorer
+from dear_batch.pointwise.scorer import OneAtATime, Scorer, open_scorer
 from dear_batch.run import blocks, local, plan, planning
 from dear_batch.run.folder import locked
 from dear_batch.run.local import run_job
@@ -212,7 +212,7 @@ def published(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-class Fixed:
+class Fixed(OneAtATime):
     """A scorer that gives one value to every pair whose document holds a text."""
 
     def __init__(self, inner: Scorer, text: str, value: float) -> None:
@@ -220,27 +220,29 @@ class Fixed:
         self._text = text[:40]  # the rest may have been cut
         self._tokenizer = tokenizer_of("llama31")
         self.layout, self.engine, self.device = inner.layout, inner.engine, inner.device
+        self.precision = inner.precision
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
-        scores_N = self._inner.score(batch)
+        scores_N = self._inner.start(batch)()
         for n, d in enumerate(batch.documents):
             if self._text in self._tokenizer.decode(batch.pairs[d].document_ids.tolist()):
                 scores_N[n] = self._value
         return scores_N
 
 
-class Failing:
+class Failing(OneAtATime):
     """A scorer that works for some calls and then raises."""
 
     def __init__(self, inner: Scorer, calls: int) -> None:
         self._inner, self._left = inner, calls
         self.layout, self.engine, self.device = inner.layout, inner.engine, inner.device
+        self.precision = inner.precision
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         self._left -= 1
         if self._left < 0:
             raise RuntimeError("the device is gone")
-        return self._inner.score(batch)
+        return self._inner.start(batch)()
 
 
 @contextmanager
