@@ -30,7 +30,7 @@ from dear_batch.errors import (
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
 from dear_batch.pointwise.rows import Batch
 from dear_batch.pointwise.scorer import OneAtATime, Scorer, open_scorer
-from dear_batch.run import blocks, local, plan, planning
+from dear_batch.run import blocks, loading, plan, planning
 from dear_batch.run.folder import locked
 from dear_batch.run.local import run_job
 from dear_batch.run.watch import StoppedError, Watch
@@ -249,7 +249,7 @@ class Failing(OneAtATime):
 def scorer_wrapped(wrap: Callable[[Scorer], Scorer]) -> Iterator[None]:
     """Jobs inside score with what `wrap` makes of the real scorer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "open_scorer", lambda *a, **k: wrap(open_scorer(*a, **k)))
+        patch.setattr(loading, "open_scorer", lambda *a, **k: wrap(open_scorer(*a, **k)))
         yield
 
 
@@ -827,7 +827,7 @@ def test_a_finished_job_again_changes_nothing(
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
     report = run_job(spec)
     before = states(tmp_path / "out")
-    monkeypatch.setattr(local, "open_scorer", None)
+    monkeypatch.setattr(loading, "open_scorer", None)
     again = run_job(spec)
     assert again == {**report, "already_done": True}
     after = states(tmp_path / "out")
@@ -925,7 +925,7 @@ def test_another_job_is_refused_before_any_model_loads(
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
     run_job(spec)
     before = states(tmp_path / "out")
-    monkeypatch.setattr(local, "open_scorer", None)
+    monkeypatch.setattr(loading, "open_scorer", None)
     deeper = replace(spec, pointwise=replace(spec.pointwise, depth=3))
     torch = replace(spec, execution=ExecutionSpec(engine="torch"))
     for other, where in ((deeper, "job.pointwise"), (torch, "runtime.engine")):
