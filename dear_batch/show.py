@@ -135,7 +135,7 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
 def passed_over(found: Mapping[str, Any]) -> list[str]:
     """The engines that would have come first, each with why it did not, a line each."""
     by_why = dict[str, list[str]]()
-    for item in found["passed_over"]:
+    for item in found.get("passed_over", ()):  # reports of earlier versions have none
         by_why.setdefault(item["why"], []).append(f"{item['engine']} on {item['device']}")
     return [f"{', '.join(engines)}: {why}" for why, engines in by_why.items()]
 
