@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from dear_batch import trust
-from dear_batch.bundle_files import changed, check_files, checked_plan, check_nothing_else, regular, unreadable
+from dear_batch.bundle_files import (
+    changed,
+    check_files,
+    checked_plan,
+    check_nothing_else,
+    regular,
+    unreadable,
+)
 from dear_batch.errors import ConfigurationError, TrustError
 from dear_batch.manifest_fields import misfit
 from dear_batch.pointwise.profiles import Profile
