@@ -27,8 +27,8 @@ from dear_batch import trust
 from dear_batch.bundle_files import (
     changed,
     check_files,
-    checked_plan,
     check_nothing_else,
+    checked_plan,
     regular,
     unreadable,
 )

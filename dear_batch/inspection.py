@@ -73,7 +73,8 @@ def _at(name: str | None, revision: str | None) -> str:
 def _parity(parity: Any) -> RenderableType:
     if parity is None:
         return "No graphs, so no parity figures: a listwise bundle runs in PyTorch."
-    table = Table(title=f"Parity with PyTorch fp32, tolerance {parity['tolerance']:g}")
+    limits = ", ".join(f"{name} {value:g}" for name, value in parity["gate"].items() if value)
+    table = Table(title=f"Parity with PyTorch fp32, gate: {limits}")
     for column in ("graph", "pairs", "max |Δscore|", "relative", "Kendall τ", "top-10", "ties"):
         table.add_column(column, justify="left" if column == "graph" else "right")
     for name, p in parity["graphs"].items():

@@ -129,7 +129,7 @@ _RECIPE = _record(
     document_tokens=_optional(_whole(0, MAX_ID)),
 )
 _PARITY = _record(
-    tolerance=_number,
+    gate=_map_of(_optional(_number)),
     data=_optional(_text),
     graphs=_map_of(
         _record(

@@ -4,12 +4,14 @@ Used when a bundle is exported, its graphs against plain PyTorch, and when an en
 first time on a machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
+
+from dear_batch.bundle import Precision
 
 Scores = NDArray[np.float32]
 
@@ -65,6 +67,14 @@ class Gate:
         if not parity.top10_overlap >= self.overlap:
             return f"top-10 overlap {parity.top10_overlap:.4f}, less than {self.overlap:g}"
         return None
+
+
+# Figures that decided them: benchmarks/results/precision.json.
+GATES: Mapping[Precision, Gate] = {
+    "fp32": Gate(absolute=1e-4),
+    "fp16": Gate(relative=0.02, tau=0.98, overlap=0.98),
+    "bf16": Gate(relative=0.15, tau=0.95, overlap=0.95),
+}
 
 
 def compare(reference: Sequence[Scores], scores: Sequence[Scores]) -> Parity:

@@ -39,7 +39,7 @@ class ExportSpec:
     task: Literal["auto", "pointwise", "listwise"] = "auto"
     recipe: Literal["readme", "paper-script"] = "readme"
     pooling: Literal["last-token", "final-position"] = "last-token"
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     parity_data: str | None = None
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from dear_batch import __version__
@@ -36,6 +37,7 @@ from dear_batch.export.checkpoint import (
 )
 from dear_batch.files.durable import writing
 from dear_batch.parity import Scores
+from dear_batch.pointwise.own_pairs import own_pairs, read_pairs
 from dear_batch.pointwise.recipe import EncodedPair, PairEncoder, Recipe, recipe_from_tokenizer
 from dear_batch.specs import ExportSpec
 
@@ -46,6 +48,7 @@ try:
     from dear_batch.export.graphs import onnx_from_torch
     from dear_batch.export.merge import model_from_checkpoint, quiet, tokenizer_from_checkpoint
     from dear_batch.export.needs import Needs, architecture, checkpoint_dtype, needs_from_config
+    from dear_batch.export.typed import recorded_peaks
     from dear_batch.pointwise.onnx_scorer import PackedOnnxScorer, PaddedOnnxScorer
     from dear_batch.pointwise.torch_scorer import TorchScorer
 except ModuleNotFoundError as error:
@@ -156,11 +159,16 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Exported:
-    """What the gate compares: PyTorch's scores of the encoded lists, and the graphs written."""
+    """What the gate compares: PyTorch's scores of the encoded lists, and the graphs written.
+
+    The first `n_own` lists are the package's own.
+    """
 
     recipe: Recipe
     encoded: list[list[EncodedPair]]
     reference: list[Scores]
+    n_own: int
+    peaks: tuple[float, ...]
     signatures: dict[str, Any]
 
 
@@ -172,15 +180,17 @@ def _graphs(
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     recipe, encoder = _recipe(spec, folder, tokenizer)
-    lists = gate.parity_lists(spec.parity_data)
+    own = own_pairs()
+    lists = own + (read_pairs(Path(spec.parity_data)) if spec.parity_data else [])
     encoded = encoder.encode(lists)
     gate.check_ids(tokenizer, recipe, lists, encoded)
     report("scoring the parity pairs with PyTorch fp32")
-    reference = gate.scores_of(TorchScorer(model, recipe), encoded)
+    with recorded_peaks(model) as peaks:
+        reference = gate.scores_of(TorchScorer(model, recipe), encoded)
     report("exporting the ONNX graphs")
     (folder / "onnx").mkdir()
-    signatures = onnx_from_torch(model, folder / "onnx", recipe.pooling)
-    return _Exported(recipe, encoded, reference, signatures)
+    signatures = onnx_from_torch(model, folder / "onnx", recipe.pooling, spec.precision, peaks)
+    return _Exported(recipe, encoded, reference, len(own), tuple(peaks), signatures)
 
 
 def _gated(spec: ExportSpec, exported: _Exported, folder: Path, report: Report) -> dict[str, Any]:
@@ -188,18 +198,19 @@ def _gated(spec: ExportSpec, exported: _Exported, folder: Path, report: Report) 
     report("scoring the parity pairs with ONNX Runtime")
     scorers: dict[str, type[PaddedOnnxScorer | PackedOnnxScorer]]
     scorers = {"model.onnx": PaddedOnnxScorer, "packed.onnx": PackedOnnxScorer}
-    scores = {
-        name: gate.scores_of(
-            scorers[name](folder / "onnx" / name, exported.recipe, "cpu"), exported.encoded
-        )
-        for name in exported.signatures
-    }
+    scores = {}
+    for name in exported.signatures:
+        with gate.runnable(folder / "onnx" / name, spec.precision) as graph:
+            scorer = scorers[name](graph, exported.recipe, "cpu")
+            scores[name] = gate.scores_of(scorer, exported.encoded)
     parity = gate.gate(exported.reference, scores, spec.precision)
     return {
         "precision": spec.precision,
         "recipe": exported.recipe,
         "graphs": {f"onnx/{name}": value for name, value in exported.signatures.items()},
-        "parity": {**parity, "data": "user" if spec.parity_data else "dear-batch"},
+        "parity": {**parity, "data": "dear-batch and user" if spec.parity_data else "dear-batch"},
+        "own_scores": tuple(np.concatenate(exported.reference[: exported.n_own]).tolist()),
+        "peaks": exported.peaks,
     }
 
 

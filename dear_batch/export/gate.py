@@ -1,50 +1,26 @@
 """The parity gate: no bundle without proof that its graphs score as PyTorch does.
 
 The reference is Hugging Face's own model, fp32, one padded pair a row; the ids are those of
-the Hugging Face tokenizer. Text is the project's own unless the user gives some.
+the Hugging Face tokenizer. Text is the package's own and, if given, the user's.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dear_batch.errors import ConfigurationError, InputError
-from dear_batch.parity import Parity, compare
+from dear_batch.bundle import Precision
+from dear_batch.errors import ConfigurationError
+from dear_batch.export.graph_edits import emulated_bf16
+from dear_batch.parity import GATES, Parity, compare
+from dear_batch.pointwise.own_pairs import TextList
 from dear_batch.pointwise.recipe import EncodedPair, Recipe, document_text, query_text
 from dear_batch.pointwise.scorer import Scorer, score_pairs
-
-TOLERANCE = {"fp32": 1e-4}  # absolute, in logits
-TextList = tuple[str, list[tuple[str, str]]]
-
-
-def parity_lists(path: str | None) -> list[TextList]:
-    """The 64 pairs shipped here, or a user's: JSON lines {query, documents: [{title, text}]}.
-
-    Raises:
-        InputError: the file cannot be read as that.
-    """
-    source = Path(path) if path else files("dear_batch.export") / "parity_pairs.jsonl"
-    lists: list[TextList] = []
-    try:
-        for line in source.read_text(encoding="utf-8").strip("\n").split("\n"):
-            item = json.loads(line)
-            documents = [(d.get("title") or "", d["text"]) for d in item["documents"]]
-            lists.append((item["query"], documents))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"The parity data {source} cannot be read: {error!r}.",
-            where=f"line {len(lists) + 1}",
-            valid='lines such as {"query": "…", "documents": [{"title": "", "text": "…"}]}',
-        ) from error
-    if not any(documents for _, documents in lists):
-        raise InputError(f"The parity data {source} holds no pairs.")
-    return lists
 
 
 def check_ids(
@@ -80,6 +56,20 @@ def _huggingface_ids(
     return list(ids)
 
 
+@contextmanager
+def runnable(graph: Path, precision: Precision) -> Iterator[Path]:
+    """A graph that ONNX Runtime can run on a CPU, where it has no products in bf16."""
+    if precision != "bf16":
+        yield graph
+        return
+    path = graph.with_name(f"emulated-{graph.name}")
+    try:
+        ir.save(emulated_bf16(ir.load(graph)), path)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def scores_of(scorer: Scorer, encoded: Sequence[list[EncodedPair]]) -> list[NDArray[np.float32]]:
     """Score lists of pairs, all in one plan as a job would; one array a list comes back."""
     scores_N = score_pairs(scorer, [pair for pairs in encoded for pair in pairs])
@@ -90,29 +80,33 @@ def scores_of(scorer: Scorer, encoded: Sequence[list[EncodedPair]]) -> list[NDAr
 def gate(
     reference: Sequence[NDArray[np.float32]],
     candidates: Mapping[str, Sequence[NDArray[np.float32]]],
-    precision: str,
+    precision: Precision,
 ) -> dict[str, Any]:
     """Figures of every graph for the manifest.
 
     Raises:
-        ConfigurationError: a graph is beyond the tolerance of its precision.
+        ConfigurationError: a graph is beyond the gate of its precision.
     """
     figures = {name: compare(reference, scores) for name, scores in candidates.items()}
     for name, parity in figures.items():
-        if not parity.max_abs_difference <= TOLERANCE[precision]:
-            raise _beyond(name, parity, precision)
+        why = GATES[precision].misses(parity)
+        if why is not None:
+            raise _beyond(name, parity, precision, why)
     return {
-        "tolerance": TOLERANCE[precision],
+        "gate": asdict(GATES[precision]),
         "graphs": {name: asdict(parity) for name, parity in figures.items()},
     }
 
 
-def _beyond(name: str, parity: Parity, precision: str) -> ConfigurationError:
+def _beyond(name: str, parity: Parity, precision: Precision, why: str) -> ConfigurationError:
+    report = (
+        "report it with the checkpoint's config.json: this is a bug or an architecture that "
+        "dear-batch does not know"
+    )
     return ConfigurationError(
-        f"The graph {name} does not score as PyTorch does; no bundle was written.",
-        where=f"max |Δscore| {parity.max_abs_difference:.3g}, "
-        f"Kendall τ {parity.kendall_tau:.4f}, {parity.pairs} pairs",
-        valid=f"max |Δscore| up to {TOLERANCE[precision]:g} ({precision})",
-        next_step="report it with the checkpoint's config.json: this is a bug or an "
-        "architecture that dear-batch does not know",
+        f"The graph {name} does not score as PyTorch does; nothing was written.",
+        where=f"{why} ({precision}, {parity.pairs} pairs); max |Δscore| "
+        f"{parity.max_abs_difference:.3g}, Kendall τ {parity.kendall_tau:.4f}",
+        valid=f"{precision} within its gate: {GATES[precision]}",
+        next_step=report if precision == "fp32" else "the same command with --precision fp32",
     )

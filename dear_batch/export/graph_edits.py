@@ -1,6 +1,6 @@
 """Edits of a traced ONNX graph: layers repeated, weights named by file, the standard form.
 
-Works on onnx_ir values alone; knows nothing of torch.
+Works on onnx_ir values alone; of torch it knows the names of dtypes.
 """
 
 from collections.abc import Sequence
@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from dear_batch.export.weights import Range
 
 STANDARD_INPUTS = ("input_ids", "attention_mask")
+DATA_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
 PARAMETER = "scorer."  # the exporter's prefix to a parameter's name
 # The standard form is the packed one with one pair a row: the pair is all prefix (segment 0)
 # of group 0, its padding group -1; positions count from 0; the last attended position is
@@ -130,14 +136,17 @@ def _copied(
 def point_at_weights(graph: ir.Graph, file: Path, ranges: dict[str, Range]) -> None:
     """Replace every initializer that is a weight by its range of the weights file."""
     for value in graph.initializers.values():
-        stored = ranges.get(str(value.name).removeprefix(PARAMETER))
+        name = str(value.name)
+        stored = ranges.get(name.removeprefix(PARAMETER))
+        computed = not name.startswith(PARAMETER) or name.endswith("inv_freq")
+        assert stored or computed, f"{name} would keep random values"  # noqa: S101 - invariant
         if stored is not None:
             value.shape = ir.Shape(stored.shape)
             value.const_value = ir.ExternalTensor(
                 file.name,
                 stored.offset,
                 stored.length,
-                ir.DataType.FLOAT,
+                DATA_TYPES[stored.dtype],
                 shape=value.shape,
                 name=str(value.name),
                 base_dir=file.parent,
@@ -161,6 +170,44 @@ def standard_from_packed(model: ir.Model) -> ir.Model:
     graph.outputs[:] = [made["logits"]]
     graph.sort()
     return model
+
+
+def emulated_bf16(model: ir.Model) -> ir.Model:
+    """The same graph in fp32 values that were rounded to bf16, for runtimes without bf16 products.
+
+    A product in bf16 is one in fp32, rounded: engines accumulate in fp32. The graph is changed.
+    """
+    graph = model.graph
+    half, single = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    narrow = [v for v in graph.initializers.values() if v.dtype == half]
+    for node in list(graph):
+        narrow += [v for v in node.outputs if v.dtype == half and node.op_type in ROUNDING]
+        for value in node.outputs:
+            if value.dtype == half and node.op_type != "Cast":
+                value.dtype = single
+    for value in narrow:
+        _rounded(graph, value)
+    return model
+
+
+ROUNDING = ("Cast", "MatMul")  # of the operations that our bf16 graphs have in bf16
+
+
+def _rounded(graph: ir.Graph, value: ir.Value) -> None:
+    """Give all users of a value its bf16 rounding, as fp32."""
+    uses, producer, steps = list(value.uses()), value.producer(), []
+    found = value
+    for dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT):
+        cast = ir.node("Cast", [found], {"to": dtype.value}, name=f"{value.name}_{dtype.name}")
+        found = cast.outputs[0]
+        found.name, found.dtype, found.shape = f"{cast.name}_value", dtype, value.shape
+        steps.append(cast)
+    if producer is None:
+        graph.insert_before(graph[0], steps)
+    else:
+        graph.insert_after(producer, steps)
+    for node, index in uses:
+        node.replace_input_with(index, found)
 
 
 def signatures(graph: Any) -> dict[str, dict[str, list[str | int]]]:

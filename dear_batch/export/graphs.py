@@ -13,14 +13,18 @@ second. Knows nothing of checkpoints or bundles.
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from dear_batch.bundle import Bundle, Precision
+from dear_batch.errors import ConfigurationError
 from dear_batch.export.graph_edits import (
     STANDARD_INPUTS,
     point_at_weights,
@@ -28,39 +32,20 @@ from dear_batch.export.graph_edits import (
     signatures,
     standard_from_packed,
 )
+from dear_batch.export.typed import (
+    HIDDEN,
+    SCALE,
+    attention_name,
+    scales,
+    stored_dtype,
+    with_types,
+)
 from dear_batch.export.weights import write_weights
 from dear_batch.pointwise.recipe import Pooling
 
 OPSET = 18
-# A hidden token's attention score. Not -inf and not the dtype's minimum: either turns into
-# NaN when a whole row is hidden or a negative score is added. exp(-1e9) is exactly 0.
-HIDDEN = -1e9
 WEIGHTS = "weights.safetensors"
 TRACED_LAYERS = 2
-
-
-class InOutLinear(nn.Module):
-    """A linear layer that holds its weight as [in, out], a view of the original."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(linear.weight.T, requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """`x W + b`."""
-        outputs = inputs @ self.weight
-        return outputs if self.bias is None else outputs + self.bias
-
-
-def with_in_out_weights(module: nn.Module) -> nn.Module:
-    """Replace every linear layer below `module` in place, keeping all parameter names."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, InOutLinear(child))
-        else:
-            with_in_out_weights(child)
-    return module
 
 
 def _hidden(
@@ -70,8 +55,10 @@ def _hidden(
 
     A given 4-D mask replaces Hugging Face's own.
     """
-    mask_R1TT = torch.where(visible_RTT, 0.0, HIDDEN)[:, None]
     model: Any = scorer.model
+    mask_R1TT = visible_RTT[:, None]
+    if model.config._attn_implementation == "eager":  # noqa: SLF001 - adds what it is given
+        mask_R1TT = torch.where(mask_R1TT, 0.0, HIDDEN)
     layers: list[Tensor] = []
     hooks = [
         module.register_forward_pre_hook(lambda _module, inputs: layers.append(inputs[0]))
@@ -133,28 +120,24 @@ class FinalPositionGraph(nn.Module):
         return self.scorer.score(hidden_BLH[:, -1].float()), *layers
 
 
-def onnx_from_torch(model: Any, folder: Path, pooling: Pooling) -> dict[str, Any]:
-    """Write the weights and the graphs into `folder`; `model` is changed by it.
+def onnx_from_torch(
+    model: Any, folder: Path, pooling: Pooling, precision: Precision, peaks: Sequence[float]
+) -> dict[str, Any]:
+    """Write the weights and the graphs into `folder`; `model` (fp32) is changed by it.
 
     `final-position` pooling reads a padding token, which packed rows do not have: such a
-    model gets the standard graph alone.
+    model gets the standard graph alone. `peaks` are those of `typed.recorded_peaks`.
 
     Returns:
         Each graph's signature: inputs and outputs, name → [dtype, dimension, …].
+
+    Raises:
+        ConfigurationError: a weight is too large for the precision.
     """
-    with_in_out_weights(model)
+    with_types(model, "fp32")
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    ranges = write_weights(parameters, folder / WEIGHTS)
-    stand_in = with_in_out_weights(_stand_in(model.config))
-    if pooling == "final-position":
-        rows = {0: "batch", 1: "length"}
-        traced = _traced(FinalPositionGraph(stand_in), torch.int64, (rows, rows), "logits")
-    else:
-        rows = {0: "rows", 1: "row_tokens"}
-        shapes = (rows, rows, rows, rows, {0: "documents"})
-        traced = _traced(PackedGraph(stand_in), torch.int32, shapes, "scores")
-    repeat_last_layer(traced.graph, model.config.num_hidden_layers)
-    point_at_weights(traced.graph, folder / WEIGHTS, ranges)
+    parameters |= scales(peaks, precision)
+    traced = _written(parameters, model.config, folder / WEIGHTS, pooling, precision)
     if pooling == "final-position":
         graphs = {"model.onnx": traced}
     else:
@@ -164,7 +147,56 @@ def onnx_from_torch(model: Any, folder: Path, pooling: Pooling) -> dict[str, Any
     return {name: signatures(graph.graph) for name, graph in graphs.items()}
 
 
-def _stand_in(config: Any) -> nn.Module:
+def packed_graph(bundle: Bundle, precision: Precision, folder: Path) -> Path:
+    """Write a bundle's packed graph and its weights again, in another precision.
+
+    Raises:
+        ConfigurationError: a weight is too large for the precision, or the bundle's recipe
+            has no packed graph.
+        TrustError: the bundle was changed while it was read.
+    """
+    recipe, path = bundle.recipe, folder / "packed.onnx"
+    if recipe.pooling == "final-position":
+        raise ConfigurationError(
+            f"The bundle {bundle.folder} pools at the final position, which packed rows lack.",
+            valid='a bundle exported with pooling = "last-token"',
+        )
+    config = AutoConfig.from_pretrained(
+        bundle.file("config.json").parent, trust_remote_code=False, local_files_only=True
+    )
+    stored = load_file(bundle.file(f"onnx/{WEIGHTS}"))
+    parameters = {name: tensor for name, tensor in stored.items() if not name.endswith(SCALE)}
+    parameters |= scales(bundle.manifest.peaks or (), precision)
+    traced = _written(parameters, config, folder / WEIGHTS, recipe.pooling, precision)
+    bundle.check_unchanged()
+    ir.save(traced, path)
+    return path
+
+
+def _written(
+    parameters: dict[str, Tensor],
+    config: Any,
+    path: Path,
+    pooling: Pooling,
+    precision: Precision,
+) -> ir.Model:
+    """Write the weights to `path`, and return the graph that names them."""
+    dtypes = {name: stored_dtype(name, precision) for name in parameters}
+    ranges = write_weights(parameters, dtypes, path)
+    stand_in = _stand_in(config, precision)
+    if pooling == "final-position":
+        rows = {0: "batch", 1: "length"}
+        traced = _traced(FinalPositionGraph(stand_in), torch.int64, (rows, rows), "logits")
+    else:
+        rows = {0: "rows", 1: "row_tokens"}
+        shapes = (rows, rows, rows, rows, {0: "documents"})
+        traced = _traced(PackedGraph(stand_in), torch.int32, shapes, "scores")
+    repeat_last_layer(traced.graph, config.num_hidden_layers)
+    point_at_weights(traced.graph, path, ranges)
+    return traced
+
+
+def _stand_in(config: Any, precision: Precision) -> nn.Module:
     """A model of the same layers, two at most, and hardly any vocabulary.
 
     Its weights are random: the exporter merges equal ones.
@@ -172,8 +204,9 @@ def _stand_in(config: Any) -> nn.Module:
     small = copy.deepcopy(config)
     small.num_hidden_layers = min(TRACED_LAYERS, config.num_hidden_layers)
     small.vocab_size, small.pad_token_id = 8, None
-    small._attn_implementation = "eager"  # noqa: SLF001 - fewer nodes than SDPA decomposes into
+    small._attn_implementation = attention_name(precision)  # noqa: SLF001 - no public way
     model: nn.Module = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
+    with_types(model, precision)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(generator=generator)
