@@ -8,6 +8,7 @@ import pytest
 from dear_batch.bundle import open_bundle
 from dear_batch.data import Candidate, CandidateList
 from dear_batch.errors import InputError
+from dear_batch.export import calibrate as calibrate_module
 from dear_batch.export.calibrate import calibrate
 from dear_batch.export.engines import add_engines
 from dear_batch.files.parquet import write_lists
@@ -51,21 +52,24 @@ def test_attention_decides_where_nothing_is_shared(bundle: Make, tmp_path: Path)
     assert found.costs[2048] > found.costs[256]
 
 
-def test_a_shared_query_pays_for_longer_rows(bundle: Make, tmp_path: Path) -> None:
+def test_a_shared_query_pays_for_longer_rows(
+    bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a model as wide as 8B, where attention is little; in a tiny one it is most."""
     opened = open_bundle(bundle("llama31"))
+    assert calibrate_module._attention_share(opened) == pytest.approx(128 / 30_720)
+    monkeypatch.setattr(calibrate_module, "_attention_share", lambda _bundle: 2 * 4096 / 218e6)
     long_query = " ".join(["where is the long river of the north"] * 4)
     found = calibrate(opened, write(tmp_path / "c.parquet", 10, 100, 5, long_query))
-    assert found.costs[512] < found.costs[256]
+    assert found.costs[512] < found.costs[256] < 1
     assert found.row_tokens > 256
 
 
 def test_a_large_file_is_sampled_all_over(
     bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dear_batch.export import calibrate as module
-
-    monkeypatch.setattr(module, "SAMPLE_LISTS", 8)
-    monkeypatch.setattr(module, "SAMPLE_PAIRS", 80)
+    monkeypatch.setattr(calibrate_module, "SAMPLE_LISTS", 8)
+    monkeypatch.setattr(calibrate_module, "SAMPLE_PAIRS", 80)
     monkeypatch.setattr("dear_batch.files.parquet._GROUP_QUERIES", 10)
     found = calibrate(open_bundle(bundle("llama31")), write(tmp_path / "c.parquet", 90, 50, 5))
     assert 40 <= found.pairs <= 160

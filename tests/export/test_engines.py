@@ -1,7 +1,6 @@
 """Engines added to real bundles, built again, interrupted, and recorded last."""
 
 import fcntl
-import os
 import shutil
 import signal
 import subprocess
@@ -183,16 +182,16 @@ def test_a_full_disk_is_told_before_anything_is_built(
     assert left(own) == []
 
 
-def test_a_read_only_bundle_says_so(own: Path) -> None:
-    if os.geteuid() == 0:
-        (own / "engines").write_text("in the way")
+@pytest.mark.parametrize("thing", ["link", "file"])
+def test_something_else_in_the_place_of_the_folder_is_refused(
+    thing: str, own: Path, tmp_path: Path
+) -> None:
+    if thing == "link":
+        (own / "engines").symlink_to(tmp_path)
     else:
-        own.chmod(0o555)
-    try:
-        with pytest.raises(OutputError):
-            add(own)
-    finally:
-        own.chmod(0o755)
+        (own / "engines").write_text("in the way")
+    with pytest.raises(OutputError, match=f"is a {thing}"):
+        add(own)
 
 
 def test_models_without_packed_rows_are_refused(bundle: Make, generator: Path) -> None:
