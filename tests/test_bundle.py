@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from dear_batch.bundle import (
     MAX_MANIFEST_BYTES,
+    Engine,
     Manifest,
     Source,
     hash_file,
@@ -20,6 +22,7 @@ from dear_batch.bundle import (
     write_manifest,
 )
 from dear_batch.errors import ConfigurationError, TrustError
+from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
 
 RECIPE = Recipe("readme", "last-token", (1,), (1,), (), 2)
@@ -239,6 +242,90 @@ def test_only_listed_files_are_handed_out(folder: Path) -> None:
         bundle.file("config.json")
 
 
+PLAN = b"compiled for one GPU"
+
+
+def with_engine(folder: Path) -> Engine:
+    """Give a bundle an engine; the bytes are no plan, since nothing here deserialises one."""
+    sha256 = hashlib.sha256(PLAN).hexdigest()
+    path = f"engines/tensorrt_rtx-sm_89/{sha256}.plan"
+    (folder / path).parent.mkdir(parents=True)
+    (folder / path).write_bytes(PLAN)
+    engine = Engine(
+        path=path,
+        bytes=len(PLAN),
+        sha256=sha256,
+        flavour="tensorrt_rtx",
+        version="1.7.1",
+        sm="sm_89",
+        platform="linux-x86_64",
+        precision="fp16",
+        row_tokens=512,
+        batch_tokens=1024,
+        profiles=(Profile(Span(1, 2, 2), Span(1, 512, 512), Span(1, 8, 1024)),),
+        build_seconds=1.5,
+    )
+    manifest = open_bundle(folder).manifest
+    write_manifest(folder, replace(manifest, engines=(engine,)))
+    return engine
+
+
+def test_an_engine_changes_nothing_of_what_a_bundle_is(folder: Path) -> None:
+    before = open_bundle(folder).sha256
+    engine = with_engine(folder)
+    bundle = open_bundle(folder)
+    assert (bundle.sha256, bundle.manifest.engines) == (before, (engine,))
+    with bundle.plan(engine) as data:
+        assert data[:] == PLAN
+
+
+def test_what_no_record_names_below_engines_is_never_loaded_and_no_harm(folder: Path) -> None:
+    """A crash between the plan's rename and the manifest's leaves it."""
+    (folder / "engines/tensorrt-sm_90").mkdir(parents=True)
+    (folder / "engines/tensorrt-sm_90/left.plan").write_bytes(b"x")
+    open_bundle(folder)
+
+
+@pytest.mark.parametrize("how", ["flipped", "longer", "gone", "linked", "hard link"])
+def test_a_changed_engine_is_refused_with_the_rebuild_command(
+    folder: Path, tmp_path: Path, how: str
+) -> None:
+    engine = with_engine(folder)
+    path = folder / engine.path
+    if how == "flipped":
+        path.write_bytes(bytes([PLAN[0] ^ 1]) + PLAN[1:])
+    elif how == "longer":
+        path.write_bytes(PLAN + b"x")
+    elif how == "hard link":
+        os.link(path, tmp_path / "other")
+    else:
+        path.rename(tmp_path / "plan")
+        if how == "linked":
+            path.symlink_to(tmp_path / "plan")
+    bundle = open_bundle(folder)  # the engines of other machines are no reason to stop
+    with (
+        pytest.raises(TrustError, match="is not what its manifest says") as error,
+        bundle.plan(engine),
+    ):
+        pytest.fail("its bytes were handed out")
+    assert f"dear-batch export {folder} --engine tensorrt --target sm_89" in str(
+        error.value.next_step
+    )
+
+
+def test_a_plan_that_is_written_to_while_it_is_loaded(folder: Path) -> None:
+    engine = with_engine(folder)
+    bundle = open_bundle(folder)
+
+    def load() -> None:
+        with bundle.plan(engine) as data:
+            assert data[:] == PLAN
+            (folder / engine.path).write_bytes(PLAN[::-1])
+
+    with pytest.raises(TrustError, match="it was written to while it was loaded"):
+        load()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -247,8 +334,8 @@ def test_only_listed_files_are_handed_out(folder: Path) -> None:
         "1",
         "[" * 100_000,
         '{"sha256": 1, "schema_version": 1}',
-        '{"schema_version": 1}',
-        '{"schema_version": 1, "recipe": null, "files": []}',
+        '{"schema_version": 2}',
+        '{"schema_version": 2, "recipe": null, "files": []}',
     ],
 )
 def test_a_broken_manifest(folder: Path, text: str) -> None:

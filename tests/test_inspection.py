@@ -126,7 +126,7 @@ def test_a_bundle_is_shown_with_source_recipe_and_parity(bundle: Make) -> None:
         "fp32",
         "packed.onnx",
         "model.onnx",
-        "tolerance 0.0001",
+        "gate: absolute 0.0001",
         f"torch {manifest.versions['torch']}",
         open_bundle(bundle("llama31")).sha256,
     ]

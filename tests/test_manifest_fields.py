@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dear_batch.bundle import Manifest, Source, open_bundle
+from dear_batch.bundle import Engine, Manifest, Source, open_bundle
 from dear_batch.errors import DearBatchError
 from dear_batch.inspection import inspect_path
 from dear_batch.manifest_fields import misfit
+from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
 
 FIGURES = {
@@ -34,10 +35,31 @@ MANIFEST = Manifest(
     recipe=Recipe("paper-script", "final-position", (1,), (1, 2), (), 2, 228, 32, 193),
     architecture={"hidden_size": 8, "model_type": "llama"},
     graphs={"onnx/model.onnx": {"inputs": {}, "outputs": {}}},
-    parity={"tolerance": 1e-4, "graphs": {"model.onnx": FIGURES}, "data": "user"},
+    parity={
+        "gate": {"absolute": 1e-4, "relative": None, "tau": 0.0, "overlap": 0.0},
+        "graphs": {"model.onnx": FIGURES},
+        "data": "dear-batch",
+    },
     versions={"torch": "2.13"},
     created="2026-01-01T00:00:00+00:00",
-    files={},
+    own_scores=(0.5, -1.25),
+    peaks=(3.0,),
+    engines=(
+        Engine(
+            path=f"engines/tensorrt_rtx-sm_89/{'0' * 64}.plan",
+            bytes=9,
+            sha256="0" * 64,
+            flavour="tensorrt_rtx",
+            version="1.7.1",
+            sm="sm_89",
+            platform="linux-x86_64",
+            precision="fp16",
+            row_tokens=512,
+            batch_tokens=1024,
+            profiles=(Profile(Span(1, 2, 2), Span(1, 512, 512), Span(1, 8, 1024)),),
+            build_seconds=1.5,
+        ),
+    ),
 )
 GOOD: dict[str, Any] = json.loads(json.dumps(MANIFEST.to_json()))
 GOOD["files"] = {"config.json": {"bytes": 2, "sha256": "0" * 64}}
@@ -53,6 +75,28 @@ def changed(path: str, value: object) -> dict[str, Any]:
     return fields
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("path", "engines/../../x.plan", ".path is no path"),
+        ("path", f"engines/a/b/{'0' * 64}.plan", ".path is no path"),
+        ("path", f"engines/a/{'0' * 64}.plan\n", ".path is no path"),
+        ("sm", "sm_8.9", ".sm is no SM: 'sm_8.9'"),
+        ("flavour", "tensorrt_lite", ".flavour is no 'tensorrt' or 'tensorrt_rtx'"),
+        ("row_tokens", 0, ".row_tokens is no whole number of 1 to"),
+        ("profiles", [{"rows": {}}], ".profiles[0] has no documents"),
+    ],
+)
+def test_an_engine_of_a_wrong_form(field: str, value: object, why: str) -> None:
+    fields = copy.deepcopy(GOOD)
+    fields["engines"][0][field] = value
+    assert str(misfit(fields)).startswith(f".engines[0]{why}")
+
+
+def test_what_was_written_is_read() -> None:
+    assert Manifest.from_json({**GOOD, "files": {}}) == MANIFEST
+
+
 def test_what_an_export_writes_is_good() -> None:
     assert misfit(GOOD) is None
     assert misfit({**GOOD, "recipe": None, "parity": None, "graphs": {}, "files": {}}) is None
@@ -66,7 +110,10 @@ def test_what_an_export_writes_is_good() -> None:
         ("source.model", None, ".source.model is no text: None"),
         ("source.revision", "main", ".source.revision is no commit of 40 hex digits: 'main'"),
         ("source.other", 1, ".source has an unknown field 'other'"),
-        ("precision", 32, ".precision is no text: 32"),
+        ("precision", 32, ".precision is no 'fp32' or 'fp16' or 'bf16': 32"),
+        ("own_scores", [1, "x"], ".own_scores[1] is no number: 'x'"),
+        ("peaks", 3, ".peaks is no list: 3"),
+        ("engines", {}, ".engines is no list: {}"),
         ("recipe.head_ids", [1, -1], ".recipe.head_ids[1] is no whole number"),
         ("recipe.pad_id", True, ".recipe.pad_id is no whole number"),
         ("recipe.max_length", 3, ".recipe.max_length leaves no room"),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from dear_batch import parity
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import (
     ConfigurationError,
@@ -20,7 +21,6 @@ from dear_batch.errors import (
     OutputError,
     TrustError,
 )
-from dear_batch.export import gate
 from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
 from dear_batch.pointwise.onnx_scorer import PackedOnnxScorer, PaddedOnnxScorer
 from dear_batch.pointwise.recipe import PairEncoder
@@ -85,7 +85,7 @@ def test_all_engines_score_as_the_readme_does(
 def test_the_manifest_describes_the_bundle(style: str, bundle: Make) -> None:
     folder = bundle(style)
     fields = json.loads((folder / "bundle.json").read_text())
-    assert fields["schema_version"] == 1
+    assert fields["schema_version"] == 2
     assert fields["task"] == "pointwise"
     assert fields["architecture"]["hidden_size"] == 64
     assert fields["architecture"]["num_layers"] == 2
@@ -460,7 +460,7 @@ def test_an_output_that_exists_is_refused(tmp_path: Path, checkpoint: Make) -> N
 def test_a_failed_gate_leaves_nothing(
     tmp_path: Path, checkpoint: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(gate.TOLERANCE, "fp32", 1e-12)
+    monkeypatch.setitem(parity.GATES, "fp32", parity.Gate(absolute=1e-12))
     match = "does not score as PyTorch does"
     refused(tmp_path, ConfigurationError, match, model=str(checkpoint("llama31")))
 
@@ -471,8 +471,9 @@ def test_parity_data_of_the_user_is_measured_and_not_kept(tmp_path: Path, checkp
     data.write_text(json.dumps({"query": "classified", "documents": documents}))
     folder = export(tmp_path, model=str(checkpoint("llama31")), parity_data=str(data))
     text = (folder / "bundle.json").read_text()
-    assert json.loads(text)["parity"]["graphs"]["packed.onnx"]["pairs"] == 3
-    assert json.loads(text)["parity"]["data"] == "user"
+    assert json.loads(text)["parity"]["graphs"]["packed.onnx"]["pairs"] == 64 + 3
+    assert json.loads(text)["parity"]["data"] == "dear-batch and user"
+    assert len(json.loads(text)["own_scores"]) == 64
     assert "secret" not in text
     assert "classified" not in text
 
