@@ -8,7 +8,7 @@ reads them; that a file exists or a bundle opens is found out by the step that o
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NoReturn
 
 from dear_batch.errors import UsageError
@@ -54,8 +54,13 @@ class ExportSpec:
 
     def __post_init__(self) -> None:
         """Check that there is something to export."""
-        if self.engine == "tensorrt":
-            self.engines()
+        wanted = self.engines()
+        if self.engine != "tensorrt" and replace(wanted, precision="auto") != EngineSpec():
+            raise UsageError(
+                "Keys of engines are given, but no engine is asked for.",
+                where="engine",
+                valid='"tensorrt" beside ' + ", ".join(f.name for f in fields(EngineSpec)),
+            )
         if self.model is None and self.adapter is None:
             raise UsageError(
                 "There is nothing to export: neither 'model' nor 'adapter' is given.",

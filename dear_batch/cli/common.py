@@ -22,12 +22,12 @@ def stopped_by_interrupts() -> Iterator[None]:
     """End on Ctrl-C as a job does: with a message, and the exit code of what is worth a retry.
 
     Raises:
-        TryAgainError: Ctrl-C came, and what was begun has been removed.
+        TryAgainError: Ctrl-C came.
     """
     try:
         yield
     except KeyboardInterrupt:
         raise TryAgainError(
-            "The command was stopped by Ctrl-C; nothing of it is left.",
+            "The command was stopped by Ctrl-C; what was not finished is removed.",
             next_step="run the same command again",
         ) from None

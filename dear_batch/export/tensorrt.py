@@ -12,7 +12,6 @@ here: needs a GPU.
 import re
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +21,7 @@ from dear_batch.bundle import Flavour
 from dear_batch.errors import ConfigurationError
 from dear_batch.files.durable import writing
 from dear_batch.pointwise.profiles import Profile
+from dear_batch.user_cache import read_own, write_own
 
 Advance = Callable[[float], None]  # told the share that is done, 0 to 1
 
@@ -38,7 +38,8 @@ class Order:
     """A plan to build: out of the file `graph` into the new file `plan`.
 
     `sm` such as "sm_89"; `level` is TensorRT's optimization level (0 to 5), None for its own;
-    `timings` a file that remembers how fast each kernel was, from build to build.
+    `timings` a file that remembers how fast each kernel was, from build to build (its name
+    gets the version).
     """
 
     graph: Path
@@ -133,6 +134,10 @@ class _Building:
         """Set target, profiles and what else there is to set."""
         order, config = self.order, self._config
         self._monitor = config.progress_monitor = _monitor(self.trt, advance)
+        if hasattr(self.trt.BuilderFlag, "TF32"):
+            # On by default: 10 bits of mantissa in the fp32 products, which are the score head
+            # and the angles of the rotary tables.
+            config.clear_flag(self.trt.BuilderFlag.TF32)
         if order.level is not None:
             config.builder_optimization_level = order.level
         if hasattr(self.trt, "ComputeCapability"):  # else the GPU that is there is the target
@@ -141,7 +146,8 @@ class _Building:
             good = known is not None and config.set_compute_capability(known, 0)
             self._check(good, f"does not build for {order.sm}")
         elif order.timings:
-            cache = config.create_timing_cache(_read(order.timings))
+            known = read_own(self._timings_file())
+            cache = config.create_timing_cache(known or b"") or config.create_timing_cache(b"")
             config.set_timing_cache(cache, ignore_mismatch=False)
         for profile in order.profiles:
             number = config.add_optimization_profile(self._shapes(profile))
@@ -163,15 +169,15 @@ class _Building:
         self._check(good, "could not build a plan")
 
     def keep_timings(self) -> None:
-        """Remember them; a folder that cannot be written is no reason to fail."""
+        """Remember how fast each kernel was."""
+        if self.order.timings and not hasattr(self.trt, "ComputeCapability"):
+            timings = self._config.get_timing_cache().serialize()
+            write_own(self._timings_file(), bytes(timings))
+
+    def _timings_file(self) -> Path | None:
+        """Each version has its own: they do not read one another's."""
         path = self.order.timings
-        if path is None or hasattr(self.trt, "ComputeCapability"):
-            return
-        with suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(self._config.get_timing_cache().serialize())
-            temporary.replace(path)
+        return path and path.with_name(f"{path.name}-{self.trt.__version__}")
 
     def _shapes(self, profile: Profile) -> Any:
         shapes = self._builder.create_optimization_profile()
@@ -265,9 +271,3 @@ def _monitor(trt: Any, advance: Advance) -> Any:
             self.phases.pop(phase_name, None)
 
     return Monitor()
-
-
-def _read(path: Path) -> bytes:
-    with suppress(OSError):
-        return path.read_bytes()
-    return b""

@@ -238,6 +238,12 @@ def test_what_does_not_fit_a_bundle_is_refused(own: Path) -> None:
     fail(2, "out of range", "export", own, "--engine", "tensorrt", "--level", 9)
 
 
+def test_keys_of_engines_without_an_engine_are_refused(tmp_path: Path) -> None:
+    common = ("export", "--model", "m", "--output", tmp_path / "out")
+    fail(2, "no engine is asked for", *common, "--target", "sm_89")
+    fail(2, "no engine is asked for", *common, "--calibrate", "c.parquet")
+
+
 def test_a_checkpoint_is_exported_with_engines(checkpoint: Make, tmp_path: Path) -> None:
     spec = tmp_path / "spec.toml"
     spec.write_text(

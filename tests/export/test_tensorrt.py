@@ -1,5 +1,6 @@
 """Plans built for real by TensorRT for RTX, which needs no GPU to build."""
 
+import resource
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import pytest
 import tensorrt_rtx as trt
 
-from dear_batch.errors import ConfigurationError, TryAgainError
+from dear_batch.errors import ConfigurationError, OutputError, TryAgainError
 from dear_batch.export import building
 from dear_batch.export.building import built
-from dear_batch.export.tensorrt import Order, ahead_of_time, plan_from_onnx
+from dear_batch.export.tensorrt import Order, _Building, ahead_of_time, plan_from_onnx
 from dear_batch.pointwise.profiles import Profile, Span, lay_out
 
 pytestmark = pytest.mark.model
@@ -173,10 +174,26 @@ def test_too_little_memory_is_worth_another_try(tmp_path: Path) -> None:
         building._built(order(tmp_path, tmp_path), {"memory": said})
 
 
+def test_a_full_disk_is_told_as_such(packed: Make, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="Cannot write plan: File too large"):
+            plan_from_onnx(order(packed("llama31"), tmp_path), lambda _share: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_fp32_products_are_not_tf32(packed: Make, tmp_path: Path) -> None:
+    build = _Building(order(packed("llama31"), tmp_path))
+    assert build._config.get_flag(trt.BuilderFlag.TF32)
+    build.parse()
+    build.configure(lambda _share: None)
+    assert not build._config.get_flag(trt.BuilderFlag.TF32)
+
+
 def test_memory_is_told_from_other_errors(packed: Make, tmp_path: Path) -> None:
     """TensorRT says so in its log alone; the words are its own."""
-    from dear_batch.export.tensorrt import _Building
-
     build = _Building(order(packed("llama31"), tmp_path))
     build.said.hear("Error Code 2: OutOfMemory (no further information)", error=True)
     with pytest.raises(MemoryError, match="OutOfMemory"):
