@@ -1,30 +1,24 @@
 """Opens files without following links, and hashes each once for as long as it stays as it is.
 
 A sha256 is remembered in the user's cache folder by device, inode, size and both times of the
-file: a large bundle is not hashed again every night. Whoever can write that cache as this user
-can also write the bundle, so it is believed if nobody else can. Knows nothing of bundles.
+file: a large bundle is not hashed again every night. Knows nothing of bundles.
 """
 
 import contextlib
 import hashlib
-import json
 import os
-import stat
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 from io import BufferedReader, FileIO
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Self
 
-# O_NONBLOCK: a FIFO in place of a file must not hold the job until somebody writes into it.
-FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+from dear_batch.user_cache import FLAGS, cache_file, read_cache, write_cache
+
 # A file that was changed this recently may be changed again within one tick of its time stamps.
 SETTLED_NS = 2 * 10**9
-MAX_CACHE_BYTES = 16 << 20
 MAX_REMEMBERED = 4096  # files; the oldest are forgotten
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +90,8 @@ class Hashes:
     @classmethod
     def load(cls, *, paranoid: bool = False) -> Self:
         """With what this user's earlier jobs remembered; `paranoid` hashes all the same."""
-        path = _cache_path()
-        return cls(path, paranoid, _remembered(path) if path else {})
+        path = cache_file("verified.json")
+        return cls(path, paranoid, _remembered(path))
 
     def matches(self, file: BufferedReader, state: FileState, sha256: str) -> bool:
         """Whether a file, whose state was just read from its descriptor, has this hash."""
@@ -116,47 +110,14 @@ class Hashes:
 
     def save(self) -> None:
         """Remember what was hashed; a folder that cannot be written is no reason to fail."""
-        if self.path is None or not self.learned:
-            return
-        newest = dict(list(self.known.items())[-MAX_REMEMBERED:])
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _replace(self.path, json.dumps({"schema_version": 1, "files": newest}))
+        if self.learned:
+            newest = dict(list(self.known.items())[-MAX_REMEMBERED:])
+            write_cache(self.path, {"schema_version": 1, "files": newest})
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole, for this user alone. It is not synced: a lost cache costs one hashing."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _cache_path() -> Path | None:
-    """XDG base directories: a relative path is to be ignored."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        folder = given if given.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # this user has no home
-        return None
-    return folder / "dear-batch" / "verified.json"
-
-
-def _remembered(path: Path) -> dict[str, list[Any]]:
-    """What the cache file holds, nothing where another user could have written it."""
-    try:
-        with os.fdopen(os.open(path, FLAGS), "rb") as file:
-            found = os.fstat(file.fileno())
-            mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
-            if not mine or found.st_mode & OTHERS_WRITE or found.st_size > MAX_CACHE_BYTES:
-                return {}
-            fields = json.loads(file.read())
-    except (OSError, ValueError, RecursionError):
-        return {}
+def _remembered(path: Path | None) -> dict[str, list[Any]]:
+    """What the cache file holds, nothing where it is no such file."""
+    fields = read_cache(path)
     return fields["files"] if _is_cache(fields) else {}
 
 
