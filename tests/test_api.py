@@ -105,7 +105,7 @@ def test_a_changed_bundle_is_not_loaded(bundle: Make, tmp_path: Path) -> None:
 
 def test_a_listwise_bundle_has_no_scores(bundle: Make, checkpoint: Make) -> None:
     folder = bundle("llama31", model=str(checkpoint("llama31", causal=True)))
-    with pytest.raises(ConfigurationError, match="no scores"):
+    with pytest.raises(ConfigurationError, match="listwise model, given as the pointwise one"):
         Reranker.load(folder)
 
 

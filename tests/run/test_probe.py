@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dear_batch.errors import ConfigurationError
 from dear_batch.pointwise.rows import Batch
 from dear_batch.pointwise.scorer import OneAtATime, Scorer, open_scorer
-from dear_batch.run import local, planning
+from dear_batch.run import loading, planning
 from dear_batch.run.folder import read_plan
 from dear_batch.run.local import run_job
 from dear_batch.run.planning import outline
@@ -74,7 +74,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the scorers of this test are shown."""
     found: list[str] = []
     monkeypatch.setattr(
-        local, "open_scorer", lambda *a, **k: Listening(open_scorer(*a, **k), found)
+        loading, "open_scorer", lambda *a, **k: Listening(open_scorer(*a, **k), found)
     )
     return found
 
@@ -84,7 +84,9 @@ def died(spec: JobSpec, shards: int, size: int = SHARD) -> JobSpec:
     folder = Path(spec.output.folder)
     with small_shards(size), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            local, "open_scorer", lambda *a, **k: FailingAfter(open_scorer(*a, **k), folder, shards)
+            loading,
+            "open_scorer",
+            lambda *a, **k: FailingAfter(open_scorer(*a, **k), folder, shards),
         )
         with pytest.raises(RuntimeError, match="the device is gone"):
             run_job(spec)
