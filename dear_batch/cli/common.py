@@ -1,8 +1,9 @@
-"""What every command shares: what a command line must have."""
+"""What every command shares: what a command line must have, and how it is stopped."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from dear_batch.errors import UsageError
+from dear_batch.errors import TryAgainError, UsageError
 
 
 def need(options: Mapping[str, object]) -> None:
@@ -14,3 +15,19 @@ def need(options: Mapping[str, object]) -> None:
             valid=f"a SPEC.toml, or all of: {', '.join(options)}",
             next_step="the same command with --help",
         )
+
+
+@contextmanager
+def stopped_by_interrupts() -> Iterator[None]:
+    """End on Ctrl-C as a job does: with a message, and the exit code of what is worth a retry.
+
+    Raises:
+        TryAgainError: Ctrl-C came.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise TryAgainError(
+            "The command was stopped by Ctrl-C; what was not finished is removed.",
+            next_step="run the same command again",
+        ) from None

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dear_batch.cli.common import need
+from dear_batch.cli.common import need, stopped_by_interrupts
 from dear_batch.errors import ConfigurationError, InputError, UsageError
 from dear_batch.log import outcome
 
@@ -16,6 +16,8 @@ Examples:
   dear-batch export export/dear-3b-ce.toml --dry-run
   dear-batch export export/dear-3b-ce.toml
   dear-batch export --adapter my-lora --model my-base --output bundles/mine
+  dear-batch export bundles/mine --engine tensorrt
+  dear-batch export bundles/mine --engine tensorrt --target sm_80,sm_89
 """
 
 SCORE_EXAMPLES = """
@@ -27,7 +29,7 @@ Examples:
 
 
 @click.command(epilog=EXPORT_EXAMPLES)
-@click.argument("spec", required=False, type=click.Path(path_type=Path), metavar="[SPEC.toml]")
+@click.argument("spec", required=False, type=click.Path(path_type=Path), metavar="[SPEC|BUNDLE]")
 @click.option("--model", help="Local folder or hub id of the full model or base.")
 @click.option("--revision", help="Commit, tag or branch of the model; recorded as a commit.")
 @click.option("--adapter", help="Local folder or hub id of a LoRA adapter.")
@@ -37,13 +39,40 @@ Examples:
 @click.option("--recipe", type=click.Choice(["readme", "paper-script"]))
 @click.option("--pooling", type=click.Choice(["last-token", "final-position"]))
 @click.option("--parity-data", help="JSON lines {query, documents} for the parity gate.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    help="Of the graphs (auto: fp32) and of engines (auto: fp16).",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    help="tensorrt: build TensorRT engines, too, or for the BUNDLE that is given.",
+)
+@click.option("--target", "targets", help="Kinds of GPU to build for: sm_80,sm_89.")
+@click.option("--flavour", type=click.Choice(["auto", "tensorrt", "tensorrt_rtx"]))
+@click.option("--calibrate", help="Parquet file of candidates: chooses the length of rows.")
+@click.option("--row-tokens", type=int, help="The longest row of the engines.")
+@click.option("--batch-tokens", type=int, help="The most tokens of a batch of the engines.")
+@click.option("--level", type=int, help="TensorRT's optimization level, 0 to 5.")
 @click.option("--dry-run", is_flag=True, help="Show what the export needs, and stop.")
-def export(spec: Path | None, dry_run: bool, **options: str | None) -> None:
+def export(spec: Path | None, dry_run: bool, **options: Any) -> None:
     """Turn a checkpoint into a verified bundle: merge, ONNX, parity with PyTorch.
 
     The merge runs in fp32: an 8B model needs 32 GB of memory and of disk, a 3B model 13 GB.
-    --dry-run computes both for the checkpoint at hand. Options override the spec.
+    --dry-run computes both for the checkpoint at hand. Options override the spec. With a BUNDLE
+    in place of a SPEC, TensorRT engines are built for it.
     """
+    if options["targets"] is not None:
+        options["targets"] = tuple(options["targets"].split(","))
+    with stopped_by_interrupts():
+        if spec is not None and (spec / "bundle.json").is_file():
+            _export_engines(spec, dry_run, options)
+        else:
+            _export_checkpoint(spec, dry_run, options)
+
+
+def _export_checkpoint(spec: Path | None, dry_run: bool, options: dict[str, Any]) -> None:
     from dear_batch.show import needs_table, steps
     from dear_batch.spec_files import load_spec
     from dear_batch.specs import ExportSpec
@@ -59,20 +88,57 @@ def export(spec: Path | None, dry_run: bool, **options: str | None) -> None:
     from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
 
     plan = Plan(parsed)
+    wanted = None
+    if parsed.engine == "tensorrt":
+        from dear_batch.export.engines import check_buildable, planned
+
+        wanted = parsed.engines()
+        check_buildable(plan.model.id, plan.task, parsed.pooling)
+        planned(wanted)  # before the hour that the rest may take
     needs_table(plan.needs.to_json(), plan.model.id, plan.task)
     if dry_run:
         outcome({"status": "dry-run", "task": plan.task, **plan.needs.to_json()})
         return
     with steps() as report:
         bundle = bundle_from_checkpoint(plan, report)
-    outcome(
-        {
-            "status": "ok",
-            "bundle": str(bundle.folder),
-            "task": bundle.manifest.task,
-            "parity": bundle.manifest.parity,
-        }
-    )
+    fields: dict[str, Any] = {"task": bundle.manifest.task, "parity": bundle.manifest.parity}
+    if wanted is not None:
+        fields["engines"] = _built(bundle.folder, wanted)
+    outcome({"status": "ok", "bundle": str(bundle.folder), **fields})
+
+
+def _export_engines(bundle: Path, dry_run: bool, options: dict[str, Any]) -> None:
+    """Build engines for a bundle that is there; it is a checkpoint's options that do not fit."""
+    from dear_batch.spec_files import load_spec
+    from dear_batch.specs import EngineSpec
+
+    engine = options.pop("engine")
+    names = EngineSpec.__dataclass_fields__.keys()
+    wrong = [name for name, value in options.items() if value is not None and name not in names]
+    if engine != "tensorrt" or wrong or dry_run:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise UsageError(
+            f"{bundle} is a bundle already" + (f"; {named} would make another." if named else "."),
+            valid="--engine tensorrt, with --target, --precision, --flavour, --calibrate, "
+            "--row-tokens, --batch-tokens, --level",
+            next_step=f"dear-batch export {bundle} --engine tensorrt",
+        )
+    wanted = load_spec(None, EngineSpec, {name: options[name] for name in names})
+    outcome({"status": "ok", "bundle": str(bundle), "engines": _built(bundle, wanted)})
+
+
+def _built(bundle: Path, wanted: Any) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from dear_batch.export.engines import add_engines
+    from dear_batch.show import progress, steps
+
+    with steps() as report, progress("%") as advance:
+        engines = add_engines(bundle, wanted, report, advance)
+    return [
+        {name: value for name, value in asdict(engine).items() if name != "profiles"}
+        for engine in engines
+    ]
 
 
 @click.command(epilog=SCORE_EXAMPLES)

@@ -189,7 +189,9 @@ def _graphs(
         reference = gate.scores_of(TorchScorer(model, recipe), encoded)
     report("exporting the ONNX graphs")
     (folder / "onnx").mkdir()
-    signatures = onnx_from_torch(model, folder / "onnx", recipe.pooling, spec.precision, peaks)
+    signatures = onnx_from_torch(
+        model, folder / "onnx", recipe.pooling, spec.graph_precision, peaks
+    )
     return _Exported(recipe, encoded, reference, len(own), tuple(peaks), signatures)
 
 
@@ -200,12 +202,12 @@ def _gated(spec: ExportSpec, exported: _Exported, folder: Path, report: Report) 
     scorers = {"model.onnx": PaddedOnnxScorer, "packed.onnx": PackedOnnxScorer}
     scores = {}
     for name in exported.signatures:
-        with gate.runnable(folder / "onnx" / name, spec.precision) as graph:
+        with gate.runnable(folder / "onnx" / name, spec.graph_precision) as graph:
             scorer = scorers[name](graph, exported.recipe, "cpu")
             scores[name] = gate.scores_of(scorer, exported.encoded)
-    parity = gate.gate(exported.reference, scores, spec.precision)
+    parity = gate.gate(exported.reference, scores, spec.graph_precision)
     return {
-        "precision": spec.precision,
+        "precision": spec.graph_precision,
         "recipe": exported.recipe,
         "graphs": {f"onnx/{name}": value for name, value in exported.signatures.items()},
         "parity": {**parity, "data": "dear-batch and user" if spec.parity_data else "dear-batch"},

@@ -121,10 +121,11 @@ def make_folder(folder: Path) -> None:
     """Make a folder that outlives a power cut; its parent is there.
 
     Raises:
-        OutputError: the parent is read-only or full.
+        OutputError: the parent is read-only or full, or something else has that name.
     """
-    if folder.is_symlink():
-        raise OutputError(f"{folder} is a link.", where=str(folder), valid="a folder of our own")
+    if folder.is_symlink() or folder.is_file():
+        kind = "link" if folder.is_symlink() else "file"
+        raise OutputError(f"{folder} is a {kind}.", where=str(folder), valid="a folder of our own")
     with writing(folder):
         if not folder.is_dir():
             folder.mkdir(exist_ok=True)
