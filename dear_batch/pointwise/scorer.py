@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -103,11 +104,13 @@ def _scored(
     scores do not depend on how many go at once.
     """
     most, fixed, at_once = sys.maxsize, scorer.layout.fixed_length, scorer.in_flight
-    waiting, under_way, planned = deque[Batch](), deque[tuple[Batch, Finish]](), iter(plan)
+    waiting, under_way = deque[Batch](), deque[tuple[Batch, Finish]]()
+    planned = iter(plan)
     while True:
-        if not waiting and (following := next(planned, None)):
+        free = len(under_way) < at_once
+        if free and not waiting and (following := next(planned, None)):
             waiting.extend(smaller(following, most, fixed))
-        if waiting and len(under_way) < at_once:
+        if free and waiting:
             said = _begin(scorer, waiting, under_way)
         elif under_way:
             batch = under_way[0][0]
@@ -121,8 +124,9 @@ def _scored(
         if said is None:
             continue
         gc.collect()  # what a cycle still holds
-        if at_once > 1:
-            at_once = 1
+        if at_once > 1:  # nothing was halved yet: what waits is as it was planned
+            at_once, planned = 1, chain(tuple(waiting), planned)
+            waiting.clear()
             continue
         if len(waiting[0].documents) == 1:
             raise _too_little(scorer, waiting[0], said)
