@@ -213,7 +213,7 @@ def step(name: str, *arguments: Any) -> dict[str, Any]:
     """Run a step in a process of its own, which gives back all memory; its result or a reason."""
     text = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
     command = [sys.executable, __file__, "--step", text]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(command, check=False, capture_output=True)
     lines = done.stdout.decode().strip().splitlines()
     if done.returncode == 0 and lines:
         found: dict[str, Any] = json.loads(lines[-1])
