@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from dear_batch.bundle import open_bundle
 from dear_batch.pointwise.recipe import PairEncoder
-from dear_batch.pointwise.scorer import EngineName, Scorer, open_scorer, score_pairs
+from dear_batch.pointwise.scorer import Scorer, score_pairs
+from dear_batch.pointwise.selection import EngineName
+from dear_batch.run.loading import load_pointwise
+from dear_batch.specs import ExecutionSpec
 
 Document = str | tuple[str, str]  # text, or (title, text)
 
@@ -41,14 +43,11 @@ class Reranker:
         """Open a bundle.
 
         Raises:
-            ConfigurationError: no pointwise bundle, or no such engine or device here.
-            TrustError: a file of the bundle was changed.
+            UsageError: there is no engine or device of that name.
+            ConfigurationError, TrustError, TryAgainError: see `load_pointwise`.
         """
-        opened = open_bundle(bundle)
-        scorer = open_scorer(opened, engine=engine, device=device)
-        encoder = PairEncoder.from_file(opened.file("tokenizer.json"), opened.recipe)
-        opened.check_unchanged()
-        return cls(scorer, encoder)
+        loaded = load_pointwise(bundle, ExecutionSpec(engine=engine, device=device))
+        return cls(loaded.scorer, loaded.encoder)
 
     def score(self, query: str, documents: Sequence[Document]) -> list[float]:
         """Logits of the documents, in their order.

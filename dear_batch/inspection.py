@@ -14,7 +14,7 @@ from dear_batch.files.parquet import RowReader, open_input
 from dear_batch.run.folder import LOCK, PLAN, REPORT, read_json, read_plan
 from dear_batch.run.published import as_written
 from dear_batch.run.status import status_of
-from dear_batch.show import listwise_facts, status_table
+from dear_batch.show import listwise_facts, passed_over, status_table
 
 PREVIEW = 3
 TEXT = 60
@@ -57,6 +57,7 @@ def _bundle(path: Path) -> RenderableType:
         "architecture": ", ".join(f"{k} {v}" for k, v in manifest.architecture.items()),
         "precision": manifest.precision,
         "recipe": f"{recipe.name}, {recipe.pooling}, {recipe.max_length} tokens" if recipe else "",
+        "engines": "\n".join(map(str, manifest.engines)) or "none",
         "size": f"{sum(f.bytes for f in manifest.files.values()) / 1e9:.2f} GB, "
         f"{len(manifest.files)} files",
         "created": manifest.created,
@@ -174,6 +175,7 @@ def _reported(report: dict[str, Any]) -> dict[str, Any]:
         facts |= {
             "outputs": _some(report["outputs"]) or "none yet, the parts of stage 1",
             "engine": f"{report['engine']} on {report['device']}, {report['precision']}",
+            "passed over": "\n".join(passed_over(report)) or "nothing better",
             "truncated pairs": f"{report['truncated_pairs']:,}",
             "tokens": f"{report['tokens']:,} at {report['tokens_per_second'] or 0:,.0f}/s",
             "padding share": f"{report['padding_share']:.2%}",

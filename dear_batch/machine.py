@@ -228,7 +228,8 @@ def _missing_library() -> str:
     except (ImportError, OSError) as error:
         return str(error)
     lines = told.getvalue().splitlines()
-    return next((line for line in lines if line.startswith("Failed to load")), "")
+    failed = (line.partition(": ")[2] for line in lines if line.startswith("Failed to load"))
+    return next(failed, "")
 
 
 def _torch() -> Package | None:

@@ -123,11 +123,21 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
     rate = report["tokens_per_second"]
     table.add_row("tokens", f"{report['tokens']:,}" + (f" at {rate:,.0f}/s" if rate else ""))
     table.add_row("engine", f"{report['engine']} on {report['device']}, {report['precision']}")
+    for line in passed_over(report):
+        table.add_row("passed over", Text(line))
     if listwise := report.get("listwise"):
         for name, value in listwise_facts(listwise).items():
             table.add_row(name, Text(value))
     table.add_row("seconds", f"{report['seconds']['total']:.1f}")
     _print_for_people(table)
+
+
+def passed_over(found: Mapping[str, Any]) -> list[str]:
+    """The engines that would have come first, each with why it did not, a line each."""
+    by_why = dict[str, list[str]]()
+    for item in found.get("passed_over", ()):  # reports of earlier versions have none
+        by_why.setdefault(item["why"], []).append(f"{item['engine']} on {item['device']}")
+    return [f"{', '.join(engines)}: {why}" for why, engines in by_why.items()]
 
 
 def seconds_of(seconds: Mapping[str, float]) -> str:
@@ -149,6 +159,9 @@ def estimate_table(found: Mapping[str, Any]) -> None:
         tokens = listwise["prompt_tokens"]
         known = "unknown" if tokens is None else f"about {tokens:,}"
         table.add_row("windows", f"{listwise['windows']:,}, {known} tokens of prompts")
+    table.add_row("engine", f"{found['engine']} on {found['device']}")
+    for line in passed_over(found):
+        table.add_row("passed over", Text(line))
     rate = found["tokens_per_second"]
     unknown = "not known here: give --tokens-per-second, or run once"
     table.add_row("rate", f"{rate:,.0f} tokens/s ({found['rate_from']})" if rate else unknown)

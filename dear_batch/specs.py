@@ -245,7 +245,7 @@ class ExecutionSpec:
     """
 
     device: str = "auto"
-    engine: Literal["auto", "onnxruntime", "torch"] = "auto"
+    engine: Literal["auto", "tensorrt", "onnxruntime", "torch"] = "auto"
     row_tokens: int | None = None
     batch_tokens: int | None = None
     stall_timeout_s: int = 900

@@ -192,19 +192,25 @@ def adapter(
 
 @pytest.fixture(scope="session")
 def bundle(
-    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., Path]
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., Path], cache_home: Path
 ) -> Callable[..., Path]:
     """`bundle("llama31", recipe="paper-script")`: an exported bundle, made once."""
 
     @cache
     def make(style: str, **settings: Any) -> Path:
         from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
+        from dear_batch.run.loading import load_pointwise
         from dear_batch.specs import ExportSpec
 
         output = tmp_path_factory.mktemp("bundles") / style
         model = settings.pop("model", None) or str(checkpoint(style))
         spec = ExportSpec(output=str(output), model=model, **settings)
-        return bundle_from_checkpoint(Plan(spec), lambda _step: None).folder
+        made = bundle_from_checkpoint(Plan(spec), lambda _step: None)
+        if made.manifest.task == "pointwise":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("XDG_CACHE_HOME", str(cache_home))
+                load_pointwise(made.folder)  # its first run: tests disturb what comes after it
+        return made.folder
 
     return make
 

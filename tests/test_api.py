@@ -13,7 +13,8 @@ from dear_batch.bundle import open_bundle
 from dear_batch.errors import ConfigurationError, TrustError
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.rows import Batch
-from dear_batch.pointwise.scorer import open_scorer, score_pairs
+from dear_batch.pointwise.scorer import OneAtATime, open_scorer, score_pairs
+from dear_batch.pointwise.selection import Choice
 
 pytestmark = pytest.mark.model
 Make = Callable[..., Path]
@@ -32,7 +33,7 @@ def test_scores_are_the_logits_of_the_documents_in_their_order(
     encoder = PairEncoder.from_file(opened.folder / "tokenizer.json", opened.recipe)
     split = [("", texts[0]), ("A title", texts[1]), ("", texts[2])]
     (pairs,) = encoder.encode([("who?", split)])
-    expected = score_pairs(open_scorer(opened, engine="torch"), pairs)
+    expected = score_pairs(open_scorer(opened, Choice("torch", "cpu")), pairs)
     scores = reranker.score("who?", documents)
     assert all(type(score) is float for score in scores)
     np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
@@ -71,10 +72,10 @@ def test_an_empty_list_is_no_error(reranker: Reranker) -> None:
     assert reranker.rerank("who?", []) == []
 
 
-class Constant:
+class Constant(OneAtATime):
     """A scorer to which all documents are equal."""
 
-    engine, device = "constant", "cpu"
+    engine, device, precision = "constant", "cpu", "fp32"
 
     def __init__(self, reranker: Reranker) -> None:
         self.layout = reranker._scorer.layout
@@ -104,7 +105,7 @@ def test_a_changed_bundle_is_not_loaded(bundle: Make, tmp_path: Path) -> None:
 
 def test_a_listwise_bundle_has_no_scores(bundle: Make, checkpoint: Make) -> None:
     folder = bundle("llama31", model=str(checkpoint("llama31", causal=True)))
-    with pytest.raises(ConfigurationError, match="no scores"):
+    with pytest.raises(ConfigurationError, match="listwise model, given as the pointwise one"):
         Reranker.load(folder)
 
 

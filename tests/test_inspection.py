@@ -16,7 +16,7 @@ from dear_batch import __version__
 from dear_batch.bundle import open_bundle
 from dear_batch.errors import ConfigurationError, InputError
 from dear_batch.inspection import inspect_path
-from dear_batch.run import local
+from dear_batch.run import loading
 from dear_batch.run.folder import locked, write_plan
 from dear_batch.run.local import run_job
 from dear_batch.specs import InputSpec, JobSpec, ListwiseSpec, OutputSpec, PointwiseSpec
@@ -215,7 +215,7 @@ def test_a_job_that_failed_is_shown_with_its_error(
     def refuse(*_: object, **__: object) -> None:
         raise ConfigurationError("No such engine.", where="engine", next_step="take the other")
 
-    monkeypatch.setattr(local, "open_scorer", refuse)
+    monkeypatch.setattr(loading, "open_scorer", refuse)
     with pytest.raises(ConfigurationError):
         run_job(spec)
     text = shown(tmp_path / "out")

@@ -385,6 +385,7 @@ def test_weights_that_are_swapped_while_they_are_loaded(
 ) -> None:
     from dear_batch.pointwise import onnx_scorer, torch_scorer
     from dear_batch.pointwise.scorer import open_scorer
+    from dear_batch.pointwise.selection import Choice
 
     folder = shutil.copytree(bundle("llama31"), tmp_path / "bundle")
     module, name = {
@@ -401,7 +402,7 @@ def test_weights_that_are_swapped_while_they_are_loaded(
 
     monkeypatch.setattr(module, name, swapped)
     with pytest.raises(TrustError, match="changed while it was being loaded"):
-        open_scorer(open_bundle(folder), engine=engine, device="cpu")
+        open_scorer(open_bundle(folder), Choice(engine, "cpu"))
 
 
 @pytest.mark.model

@@ -13,6 +13,7 @@ import click
 
 from dear_batch import __version__
 from dear_batch.cli.data import convert, evaluate, inspect
+from dear_batch.cli.doctor import doctor
 from dear_batch.cli.folders import gc, status, verify
 from dear_batch.cli.jobs import run
 from dear_batch.cli.models import export, score, verify_reference
@@ -104,6 +105,7 @@ for _command in (
     score,
     evaluate,
     inspect,
+    doctor,
     verify_reference,
 ):
     main.add_command(_command)

@@ -112,7 +112,12 @@ class Asked:
     "--run-per-input", "output__run_per_input", is_flag=True, default=None, help="One run a file."
 )
 @click.option("--device", "execution__device", help="auto, cpu, cuda or cuda:N.")
-@click.option("--engine", "execution__engine", type=click.Choice(["auto", "onnxruntime", "torch"]))
+@click.option(
+    "--engine",
+    "execution__engine",
+    type=click.Choice(["auto", "tensorrt", "onnxruntime", "torch"]),
+    help="auto, the best that runs here: TensorRT, ONNX Runtime or PyTorch on a GPU, then a CPU.",
+)
 @click.option(
     "--stall-timeout",
     "execution__stall_timeout_s",

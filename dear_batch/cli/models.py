@@ -149,7 +149,7 @@ def _built(bundle: Path, wanted: Any) -> list[dict[str, Any]]:
 @click.option(
     "--engine",
     default="auto",
-    type=click.Choice(["auto", "onnxruntime", "torch"]),
+    type=click.Choice(["auto", "tensorrt", "onnxruntime", "torch"]),
     show_default=True,
 )
 def score(bundle: Path, query: str, documents: tuple[str, ...], device: str, engine: Any) -> None:

@@ -14,12 +14,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dear_batch.bundle import Precision
+from dear_batch.bundle import Bundle, Precision
 from dear_batch.errors import ConfigurationError
 from dear_batch.export.graph_edits import emulated_bf16
 from dear_batch.parity import GATES, Parity, compare
-from dear_batch.pointwise.own_pairs import TextList
-from dear_batch.pointwise.recipe import EncodedPair, Recipe, document_text, query_text
+from dear_batch.pointwise.onnx_scorer import PackedOnnxScorer
+from dear_batch.pointwise.own_pairs import TextList, own_pairs
+from dear_batch.pointwise.recipe import (
+    EncodedPair,
+    PairEncoder,
+    Recipe,
+    document_text,
+    query_text,
+)
 from dear_batch.pointwise.scorer import Scorer, score_pairs
 
 
@@ -96,6 +103,25 @@ def gate(
         "gate": asdict(GATES[precision]),
         "graphs": {name: asdict(parity) for name, parity in figures.items()},
     }
+
+
+def check_packed(bundle: Bundle, graph: Path, precision: Precision) -> Parity:
+    """Score the package's own pairs with a packed graph made from a bundle, on the CPU.
+
+    Raises:
+        ConfigurationError: it is beyond the gate of its precision.
+    """
+    encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
+    encoded = encoder.encode(own_pairs())
+    with runnable(graph, precision) as path:
+        scores = scores_of(PackedOnnxScorer(path, bundle.recipe, "cpu"), encoded)
+    ends = np.cumsum([len(pairs) for pairs in encoded])[:-1]
+    reference = np.split(np.array(bundle.manifest.own_scores, np.float32), ends)
+    parity = compare(reference, scores)
+    why = GATES[precision].misses(parity)
+    if why is not None:
+        raise _beyond(graph.name, parity, precision, why)
+    return parity
 
 
 def _beyond(name: str, parity: Parity, precision: Precision, why: str) -> ConfigurationError:

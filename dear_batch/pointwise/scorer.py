@@ -1,15 +1,16 @@
-"""What every engine looks like to a job, and which engine a machine gets.
+"""What every engine looks like to a job, and how a job's batches pass through one.
 
-Knows nothing of text or files beyond the bundle.
+Knows nothing of text or files beyond the bundle, nor of how an engine is chosen.
 """
 
 import gc
-import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, Protocol
+from itertools import chain
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,28 +20,52 @@ from dear_batch.pointwise.recipe import EncodedPair
 from dear_batch.pointwise.rows import Batch, Layout, batches, smaller
 
 if TYPE_CHECKING:
-    from dear_batch.bundle import Bundle
+    from dear_batch.bundle import Bundle, Engine, Precision
+    from dear_batch.pointwise.selection import Choice
 
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-DEVICES = "auto, cpu, cuda, or cuda:N with the number of a GPU"
-EngineName = Literal["auto", "onnxruntime", "torch"]
+Finish = Callable[[], NDArray[np.float32]]
 
 
 class Scorer(Protocol):
-    """An engine that scores batches laid out as `layout` says."""
+    """An engine that scores batches laid out as `layout` says.
+
+    `precision` is what its matrix products are computed in; so many batches as `in_flight` can
+    be under way at once.
+    """
 
     layout: Layout
     engine: str
     device: str
+    precision: "Precision"
+    in_flight: int
 
-    def score(self, batch: Batch) -> NDArray[np.float32]:
-        """Raw logits of the batch's documents, scores_N in the order of `batch.documents`.
+    def start(self, batch: Batch) -> Finish:
+        """Begin a batch; what is returned waits for its raw logits.
+
+        They are scores_N in the order of `batch.documents`. Batches are waited for in the order
+        in which they were begun.
 
         Raises:
             MemoryError: there is no memory for so large a batch, and the engine is as before.
-                Each engine tells that from all other errors, which it raises unchanged.
+                Each engine tells that from all other errors, which it raises unchanged. Either
+                of the two calls may raise it.
         """
         ...
+
+
+class OneAtATime:
+    """A scorer whose batches are done when they have begun."""
+
+    in_flight = 1
+
+    def start(self, batch: Batch) -> Finish:
+        """See `Scorer`."""
+        scores_N = self.score(batch)
+        return lambda: scores_N
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        """Raw logits, scores_N."""
+        raise NotImplementedError
 
 
 def score_pairs(
@@ -72,34 +97,81 @@ def score_pairs(
 def _scored(
     scorer: Scorer, plan: Iterable[Batch], backed_off: Callable[[int], None]
 ) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
-    """The planned batches, or parts of them, with their scores."""
-    most, fixed = sys.maxsize, scorer.layout.fixed_length
-    for planned in plan:
-        waiting = smaller(planned, most, fixed)
-        while waiting:
-            batch = waiting[0]
-            found = _attempt(scorer, batch)
+    """The planned batches, or parts of them, with their scores, in the order of the plan.
+
+    Where memory runs out while several batches are under way, those that were begun before are
+    waited for, and the rest go one by one from then on: only what fails alone is halved. So the
+    scores do not depend on how many go at once.
+    """
+    most, fixed, at_once = sys.maxsize, scorer.layout.fixed_length, scorer.in_flight
+    waiting, under_way = deque[Batch](), deque[tuple[Batch, Finish]]()
+    planned = iter(plan)
+    while True:
+        free = len(under_way) < at_once
+        if free and not waiting and (following := next(planned, None)):
+            waiting.extend(smaller(following, most, fixed))
+        if free and waiting:
+            said = _begin(scorer, waiting, under_way)
+        elif under_way:
+            batch = under_way[0][0]
+            found = _end(waiting, under_way)
             if not isinstance(found, str):
                 yield batch, found
-                del waiting[0]
                 continue
-            if len(batch.documents) == 1:
-                raise _too_little(scorer, batch, found)
-            gc.collect()  # what a cycle still holds
-            most = len(batch.rows) * batch.length // 2
-            waiting = [part for whole in waiting for part in smaller(whole, most, fixed)]
-            backed_off(most)
+            said = found
+        else:
+            return
+        if said is None:
+            continue
+        gc.collect()  # what a cycle still holds
+        if at_once > 1:  # nothing was halved yet: what waits is as it was planned
+            at_once, planned = 1, chain(tuple(waiting), planned)
+            waiting.clear()
+            continue
+        if len(waiting[0].documents) == 1:
+            raise _too_little(scorer, waiting[0], said)
+        most = len(waiting[0].rows) * waiting[0].length // 2
+        waiting = deque(part for whole in waiting for part in smaller(whole, most, fixed))
+        backed_off(most)
 
 
-def _attempt(scorer: Scorer, batch: Batch) -> NDArray[np.float32] | str:
-    """The scores, or what the engine said when memory ran out.
+def _begin(
+    scorer: Scorer, waiting: deque[Batch], under_way: deque[tuple[Batch, Finish]]
+) -> str | None:
+    """Begin the batch that waits first, or say what the engine said when memory ran out.
 
     The frames that hold the failed attempt's arrays go with the exception, when this returns.
     """
     try:
-        return scorer.score(batch)
+        under_way.append((waiting[0], scorer.start(waiting[0])))
     except MemoryError as error:
         return str(error)
+    waiting.popleft()
+    return None
+
+
+def _end(
+    waiting: deque[Batch], under_way: deque[tuple[Batch, Finish]]
+) -> NDArray[np.float32] | str:
+    """The scores of the batch that was begun first, or what was said when memory ran out.
+
+    That batch then waits again, and so do those that were begun after it.
+    """
+    batch, finish = under_way.popleft()
+    try:
+        return finish()
+    except MemoryError as error:
+        again = [batch, *(_abandoned(*later) for later in under_way)]
+        under_way.clear()
+        waiting.extendleft(reversed(again))
+        return str(error)
+
+
+def _abandoned(batch: Batch, finish: Finish) -> Batch:
+    """A batch that was begun, no longer under way."""
+    with suppress(MemoryError):
+        finish()
+    return batch
 
 
 def _too_little(scorer: Scorer, batch: Batch, said: str) -> TryAgainError:
@@ -109,19 +181,17 @@ def _too_little(scorer: Scorer, batch: Batch, said: str) -> TryAgainError:
 
 def open_scorer(
     bundle: "Bundle",
+    choice: "Choice",
     *,
-    engine: EngineName = "auto",
-    device: str = "auto",
     row_tokens: int | None = None,
     batch_tokens: int | None = None,
 ) -> Scorer:
-    """Load a pointwise bundle into the best engine that is installed.
-
-    ONNX Runtime comes first; plain PyTorch is the fall-back.
+    """Load a pointwise bundle into the engine that was chosen for it.
 
     Raises:
-        ConfigurationError: not a pointwise bundle, a budget below the recipe's longest pair,
-            or an engine or device that this machine does not have.
+        ConfigurationError: not a pointwise bundle, a budget below the recipe's longest pair or
+            beyond what an engine was built for, or an engine that cannot be loaded.
+        TrustError: what was loaded is not what the manifest names.
         TryAgainError: there is no memory for the model.
     """
     if bundle.manifest.recipe is None:
@@ -129,12 +199,13 @@ def open_scorer(
             f"The bundle {bundle.folder} is a {bundle.manifest.task} model; it has no scores.",
             valid="a pointwise bundle",
         )
-    if not DEVICE.fullmatch(device):
-        raise ConfigurationError(f"There is no device {device!r}.", valid=DEVICES)
+    if choice.plan:
+        _check_budgets(choice.plan, row_tokens, batch_tokens)
     try:
-        scorer = _load(bundle, engine, device)
+        scorer = _load(bundle, choice)
     except MemoryError as error:
-        raise too_little_memory(f"load {bundle.folder}", f"device {device}: {error}") from error
+        where = f"device {choice.device}: {error}"
+        raise too_little_memory(f"load {bundle.folder}", where) from error
     layout = scorer.layout
     scorer.layout = replace(
         layout,
@@ -150,11 +221,29 @@ def open_scorer(
     return scorer
 
 
-def _load(bundle: "Bundle", engine: EngineName, device: str) -> Scorer:
-    if engine == "onnxruntime" or (engine == "auto" and find_spec("onnxruntime")):
+def _check_budgets(plan: "Engine", row_tokens: int | None, batch_tokens: int | None) -> None:
+    """Find out whether a compiled engine takes what was asked for."""
+    asked = (
+        ("row_tokens", row_tokens, plan.row_tokens),
+        ("batch_tokens", batch_tokens, plan.batch_tokens),
+    )
+    for name, tokens, most in asked:
+        if tokens and tokens > most:
+            raise ConfigurationError(
+                f"{name} = {tokens} is more than the engine {plan} was built for.",
+                valid=f"{name} of {most} or less",
+            )
+
+
+def _load(bundle: "Bundle", choice: "Choice") -> Scorer:
+    if choice.plan:
+        from dear_batch.pointwise.tensorrt_scorer import TensorrtScorer
+
+        return TensorrtScorer.from_bundle(bundle, choice.plan, choice.device)
+    if choice.engine == "onnxruntime":
         from dear_batch.pointwise.onnx_scorer import onnx_scorer
 
-        return onnx_scorer(bundle, device)
+        return onnx_scorer(bundle, choice.device)
     from dear_batch.pointwise.torch_scorer import TorchScorer
 
-    return TorchScorer.from_bundle(bundle, device)
+    return TorchScorer.from_bundle(bundle, choice.device)

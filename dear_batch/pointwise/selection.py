@@ -7,17 +7,17 @@ out, last of all, whether Python can import it. Opens no plan and no graph.
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from shlex import quote
-from typing import Literal
+from typing import Any, Literal
 
 from dear_batch.bundle import Bundle, Engine
 from dear_batch.errors import ConfigurationError
-from dear_batch.machine import FLAVOURS, LEAST_DRIVER, Gpu, Machine, Package, import_fault
+from dear_batch.machine import FLAVOURS, Gpu, Machine, Package, import_fault
+from dear_batch.pointwise.obstacles import RTX_TARGETS, Obstacle, gpu_of, on_cpu, on_cuda, tensorrt
 
 Chosen = Literal["tensorrt", "onnxruntime", "torch"]
 EngineName = Literal["auto", "tensorrt", "onnxruntime", "torch"]
-Obstacle = tuple[str, str]  # why not, and what helps
 
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 DEVICES = "auto, cpu, cuda, or cuda:N with the number of a GPU"
@@ -28,12 +28,6 @@ ORDER: tuple[tuple[Chosen, str], ...] = (
     ("torch", "cuda"),
     ("onnxruntime", "cpu"),
     ("torch", "cpu"),
-)
-# What TensorRT for RTX builds for ahead of time; Hopper (sm_90) needs the full TensorRT.
-RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-NO_GPU = (
-    "with an NVIDIA GPU here, install its driver, or start the container with --gpus all; "
-    "nvidia-smi shows whether that worked"
 )
 
 
@@ -59,6 +53,13 @@ class Choice:
     device: str
     plan: Engine | None = None
     passed_over: tuple[PassedOver, ...] = ()
+
+    def engine_version(self, machine: Machine) -> str | None:
+        """The version of the package that runs it."""
+        if self.plan:
+            return self.plan.version
+        package = machine.onnxruntime if self.engine == "onnxruntime" else machine.torch
+        return package.version if package else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,16 @@ def choose(
     raise _nothing(here, engine, device, passed_over)
 
 
+def told(choice: Choice) -> dict[str, Any]:
+    """A choice as fields of a log or a report."""
+    return {
+        "engine": choice.engine,
+        "device": choice.device,
+        "plan": choice.plan and str(choice.plan),
+        "passed_over": [asdict(item) for item in choice.passed_over],
+    }
+
+
 def build_command(bundle: Bundle, machine: Machine, gpu: Gpu) -> str:
     """What makes an engine of the bundle for a GPU of this machine."""
     command = f"dear-batch export {quote(str(bundle.folder))} --engine tensorrt"
@@ -114,78 +125,20 @@ def build_command(bundle: Bundle, machine: Machine, gpu: Gpu) -> str:
 def _fit(here: _Here, engine: Chosen, kind: str, device: str) -> Choice | Obstacle:
     """The engine on that kind of device, or what is in its way."""
     if kind == "cpu":
-        return _package_for_cpu(here.machine, engine) or Choice(engine, "cpu")
-    gpu = _gpu(here.machine, device)
+        if engine == "onnxruntime" and here.bundle.manifest.precision == "bf16":
+            why = "onnxruntime has no products in bf16 on a CPU"
+            return why, "export the checkpoint again with --precision fp32"
+        return on_cpu(here.machine, engine) or Choice(engine, "cpu")
+    if device == "cpu":
+        return "--device cpu was asked for", "leave out --device cpu"
+    gpu = gpu_of(here.machine, device)
     if not isinstance(gpu, Gpu):
         return gpu
     device = f"cuda:{gpu.number}"
     if engine == "tensorrt":
         plan = _plan(here, gpu)
         return Choice(engine, device, plan) if isinstance(plan, Engine) else plan
-    obstacle = (_onnxruntime if engine == "onnxruntime" else _torch)(here.machine)
-    return obstacle or Choice(engine, device)
-
-
-def _gpu(machine: Machine, device: str) -> Gpu | Obstacle:
-    if device == "cpu":
-        return "--device cpu was asked for", "leave out --device cpu"
-    if not machine.driver.gpus:
-        return machine.driver.fault, NO_GPU
-    found = machine.gpu("cuda" if device == "auto" else device)
-    if found is None:
-        numbers = ", ".join(f"cuda:{gpu.number}" for gpu in machine.driver.gpus)
-        return f"there is no GPU {device}", f"--device with one of {numbers}"
-    return found
-
-
-def _package_for_cpu(machine: Machine, engine: Chosen) -> Obstacle | None:
-    if engine == "onnxruntime" and machine.onnxruntime is None:
-        return "it is not installed", "pip install onnxruntime-gpu"
-    if engine == "torch" and machine.torch is None:
-        return "it is not installed", "pip install 'dear-batch[export]'"
-    return None
-
-
-def _onnxruntime(machine: Machine) -> Obstacle | None:
-    """What keeps ONNX Runtime from a GPU."""
-    package = machine.onnxruntime
-    if package is None:
-        return "it is not installed", "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-    if package.cuda is None:
-        return (
-            f"{package.name} {package.version} is a build for CPUs",
-            "pip uninstall onnxruntime, then pip install --force-reinstall onnxruntime-gpu",
-        )
-    if obstacle := _too_old(machine, package):
-        return obstacle
-    if package.fault:
-        return f"its CUDA libraries: {package.fault}", "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-    return None
-
-
-def _torch(machine: Machine) -> Obstacle | None:
-    """What keeps PyTorch from a GPU."""
-    package = machine.torch
-    if package is None:
-        return "it is not installed", "pip install 'dear-batch[export]'"
-    if package.cuda is None:
-        return (
-            f"torch {package.version} is a build for CPUs",
-            "install one for CUDA: https://pytorch.org/get-started/locally/",
-        )
-    return _too_old(machine, package)
-
-
-def _too_old(machine: Machine, package: Package) -> Obstacle | None:
-    """What to do where the driver does not know the CUDA that a package was built for."""
-    known = machine.driver.cuda
-    if known is None or package.cuda is None or known[0] >= package.cuda:
-        return None
-    needs = f"{package.name} {package.version} needs CUDA {package.cuda}"
-    driver = f"the NVIDIA driver {machine.driver.version or ''}".rstrip()
-    least = LEAST_DRIVER.get(package.cuda)
-    update = "update the NVIDIA driver" + (f" to {least} or newer" if least else "")
-    return f"{needs}, and {driver} knows CUDA up to {known[0]}.{known[1]}", update
+    return on_cuda(here.machine, engine) or Choice(engine, device)
 
 
 def _plan(here: _Here, gpu: Gpu) -> Engine | Obstacle:
@@ -217,22 +170,13 @@ def _plan(here: _Here, gpu: Gpu) -> Engine | Obstacle:
 def _of_plan(here: _Here, engine: Engine, package: Package | None, build: str) -> Obstacle | None:
     """What is in the way of a plan that is made for this GPU."""
     name = engine.flavour.replace("_", "-")
-    install = f"pip install 'dear-batch[{name}]'"
     if package is None:
-        pinned = f"{install} {name}=={engine.version}"
-        return f"its engine is of {name} {engine.version}, which is not installed", pinned
+        install = f"pip install 'dear-batch[{name}]' {name}=={engine.version}"
+        return f"its engine is of {name} {engine.version}, which is not installed", install
     if package.version != engine.version:
         why = f"its engine is of {name} {engine.version}, and {package.version} is installed"
         return why, build
-    for needed in (package, here.machine.cuda_core):
-        if needed is None:
-            return "cuda-core, by which Python calls CUDA, is not installed", install
-        if obstacle := _too_old(here.machine, needed):
-            return obstacle
-    for module in (engine.flavour, "cuda.core"):
-        if why := here.fault(module):
-            return f"{module} cannot be imported: {why}", f"{install} --force-reinstall"
-    return None
+    return tensorrt(here.machine, package, here.fault)
 
 
 def _nothing(
@@ -248,10 +192,13 @@ def _nothing(
             other = choose(here.bundle, here.machine, fault=here.fault)
             kind = other.device.partition(":")[0]
             valid = f"--engine {other.engine} --device {kind}, which runs here"
+    # Of those that ask least of the machine: why the CPU, where it was allowed, will not do.
+    least = [item for item in passed_over if item.device == passed_over[-1].device]
+    first = next((item for item in least if item.engine != "tensorrt"), least[0])
     what = f"This machine cannot score {here.bundle.folder} with {asked or 'any engine'}"
     return ConfigurationError(
-        f"{what}: {passed_over[0].why}.",
+        f"{what}: {first.why}.",
         where="; ".join(map(str, passed_over)) if len(reasons) > 1 else "",
         valid=valid,
-        next_step=f"{passed_over[0].next_step}; dear-batch doctor shows what is here",
+        next_step=f"{first.next_step}; dear-batch doctor shows what is here",
     )

@@ -1,7 +1,7 @@
 """What a job will take: its inputs read and judged for real, its tokens, time, cost and space.
 
-Loads no model, and neither ONNX Runtime nor PyTorch: tokens are counted on a sample of pairs
-spread over all files. Writes nothing that stays.
+Loads no model and no PyTorch, and ONNX Runtime only to see whether a GPU that is here is of use
+to it: tokens are counted on a sample of pairs spread over all files. Writes nothing that stays.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,9 @@ from dear_batch.listwise.encoding import PromptEncoder
 from dear_batch.listwise.preflight import check_listwise
 from dear_batch.listwise.prompts import load_prompt, passage_text
 from dear_batch.listwise.windows import windows
+from dear_batch.machine import machine
 from dear_batch.pointwise.recipe import PairEncoder
+from dear_batch.pointwise.selection import Choice, choose, told
 from dear_batch.run.admission import Admitted
 from dear_batch.run.folder import check_folder, finished
 from dear_batch.run.listwise import NEEDED
@@ -138,7 +140,7 @@ def estimate(
     wanted = wanted_now(spec, stage, folder)
     if not restart:  # which forgets whose folder it was
         fitting_plan(folder, wanted, stage)
-    bundle, engine = _bundle(spec)
+    bundle, choice = _bundle(spec)
     beat()
     second = _listwise_bundle(listwise, paranoid=spec.execution.paranoid) if listwise else None
     encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
@@ -148,23 +150,18 @@ def estimate(
         space = check_space(spec, plan)
         count = _Count(encoder, second[1] if second else None)
         _read(spec, plan, count, advance, beat)
-    found = {**_counted(spec, plan, count), **_pointwise(spec, count, bundle, engine, price)}
+    found = {**_counted(spec, plan, count), **_pointwise(spec, count, bundle, choice, price)}
     if listwise and second:
         found["listwise"] = _listwise(count, second[0], spec.execution.device)
     done = {"already_done": not restart and finished(folder) is not None}
     return {**_end(spec, count), **done, **found, **_total(found, price), "space": _space(space)}
 
 
-def _bundle(spec: JobSpec) -> tuple[Bundle, str]:
+def _bundle(spec: JobSpec) -> tuple[Bundle, Choice]:
     """The bundle, every file checked, and the engine that it would get."""
     execution = spec.execution
     bundle = open_bundle(spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid)
-    found = execution.engine
-    if found == "auto":
-        found = "onnxruntime" if find_spec("onnxruntime") else "torch"
-    if not find_spec(found):
-        raise missing_extra(found, "export", "The engine")
-    return bundle, found
+    return bundle, choose(bundle, machine(), execution.engine, execution.device)
 
 
 def _listwise_bundle(spec: ListwiseSpec, *, paranoid: bool) -> tuple[Bundle, PromptEncoder | None]:
@@ -212,17 +209,20 @@ def _counted(spec: JobSpec, plan: Plan, count: _Count) -> Fields:
     }
 
 
-def _pointwise(spec: JobSpec, count: _Count, bundle: Bundle, engine: str, price: Price) -> Fields:
+def _pointwise(
+    spec: JobSpec, count: _Count, bundle: Bundle, choice: Choice, price: Price
+) -> Fields:
     pairs = count.sample.items
-    tokens = _tokens(count, packed=engine == "onnxruntime", row=spec.execution.row_tokens)
+    row = spec.execution.row_tokens or (choice.plan.row_tokens if choice.plan else ROW_TOKENS)
+    tokens = _tokens(count, packed=choice.engine != "torch", row=row)
     if bundle.recipe.pooling == "final-position":
         tokens = count.pairs * bundle.recipe.max_length
     rate, known_by = price.tokens_per_second, "given"
     if rate is None:
-        rate = recall(bundle.sha256, engine, spec.execution.device)
+        rate = recall(bundle.sha256, choice.engine, choice.device)
         known_by = "earlier runs" if rate else "unknown"
     return {
-        "engine": engine,
+        **told(choice),
         "scored_pairs": count.pairs,
         "sampled_pairs": len(pairs),
         "truncated_share": round(fmean(pair.truncated for pair in pairs), 4) if pairs else 0.0,
@@ -233,7 +233,7 @@ def _pointwise(spec: JobSpec, count: _Count, bundle: Bundle, engine: str, price:
     }
 
 
-def _tokens(count: _Count, *, packed: bool, row: int | None) -> int:
+def _tokens(count: _Count, *, packed: bool, row: int) -> int:
     """Tokens of all pairs; packed rows hold a query's prefix once each."""
     pairs = count.sample.items
     if not pairs:
@@ -242,7 +242,7 @@ def _tokens(count: _Count, *, packed: bool, row: int | None) -> int:
     documents = count.pairs * fmean(pair.document for pair in pairs)
     if not packed:
         return round(documents + count.pairs * prefix)
-    prefixes = count.tally.queries.written + documents / max(1.0, (row or ROW_TOKENS) - prefix)
+    prefixes = count.tally.queries.written + documents / max(1.0, row - prefix)
     return round(documents + min(count.pairs, prefixes) * prefix)
 
 

@@ -250,6 +250,25 @@ def refuse_other_job(folder: Path, found: Fields, wanted: Fields, *, again: bool
     )
 
 
+def refuse_other_engine(folder: Path, known: Fields, runtime: Fields) -> None:
+    """Refuse to go on with another engine or kind of device than a stage began with.
+
+    Raises:
+        OtherJobError: this machine, or what is installed on it, now gets another one.
+    """
+    began, gets = ((f.get("engine"), f["device"]) for f in (known, runtime))
+    if began == gets or began[0] is None:  # the listwise stage has one engine
+        return
+    raise OtherJobError(
+        f"The job in {folder} was begun with {began[0]} on {began[1]}; here it gets {gets[0]} on "
+        f"{gets[1]}, whose scores differ by rounding.",
+        where=str(folder / PLAN),
+        valid="one engine and kind of device for a whole job",
+        next_step=f"go on with --engine {began[0]} --device {began[1]}, or begin anew with "
+        f"--restart, which empties {folder}",
+    )
+
+
 def clear(folder: Path, names: list[str]) -> None:
     """Remove a job from its folder, its end first; `names` are those that it publishes.
 

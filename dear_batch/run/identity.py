@@ -8,20 +8,21 @@ kept. Both together make the fingerprint of a stage.
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dear_batch import __version__
-from dear_batch.bundle import Bundle, hash_file
-from dear_batch.pointwise.scorer import Scorer
+from dear_batch.bundle import hash_file
+from dear_batch.machine import gpus
 from dear_batch.run.inputs import Pin
+from dear_batch.run.loading import Loaded
 from dear_batch.run.waves import Ranker
 from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec
 
 Fields = dict[str, Any]
-PACKAGES = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime"), "torch": ("torch",)}
 
 
 def digest(*fields: object) -> str:
@@ -56,19 +57,21 @@ def listwise_settings(spec: ListwiseSpec, bundle_sha256: str | None) -> Fields:
     return {**settings, "bundle_sha256": bundle_sha256, "prompt_file_sha256": sha256}
 
 
-def pointwise_runtime(bundle: Bundle, scorer: Scorer) -> Fields:
+def pointwise_runtime(loaded: Loaded) -> Fields:
     """What computes the scores here."""
-    layout = scorer.layout
+    scorer, choice = loaded.scorer, loaded.choice
     return {
         "tool": f"dear-batch {__version__}",
         "engine": scorer.engine,
-        "engine_version": _version(*PACKAGES[scorer.engine]),
+        "engine_version": choice.engine_version(loaded.machine),
+        "plan": choice.plan and str(choice.plan),
+        "plan_sha256": choice.plan and choice.plan.sha256,
         "tokenizers": _version("tokenizers"),
         "device": scorer.device.partition(":")[0],
         "device_names": device_names(scorer.device),
-        "precision": bundle.manifest.precision,
-        "row_tokens": layout.row_tokens if layout.packed else None,
-        "batch_tokens": layout.batch_tokens,
+        "precision": scorer.precision,
+        "row_tokens": scorer.layout.row_tokens if scorer.layout.packed else None,
+        "batch_tokens": scorer.layout.batch_tokens,
     }
 
 
@@ -93,18 +96,11 @@ def asked(execution: ExecutionSpec) -> Fields:
 
 def device_names(device: str) -> list[str]:
     """What GPUs this machine has, where one is used: other ones give other low bits."""
-    if device == "cpu":
-        return []
-    found = Path("/proc/driver/nvidia/gpus").glob("*/information")
-    lines = [line for path in found for line in path.read_text(errors="replace").splitlines()]
-    return sorted({line.partition(":")[2].strip() for line in lines if line.startswith("Model")})
+    return [] if device == "cpu" else sorted({gpu.name for gpu in gpus()})
 
 
-def _version(*packages: str) -> str | None:
-    """The version of the first of these packages that is installed."""
-    for package in packages:
-        try:
-            return version(package)
-        except ModuleNotFoundError:
-            continue
+def _version(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    with suppress(ModuleNotFoundError):
+        return version(package)
     return None

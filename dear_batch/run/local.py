@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from dear_batch.bundle import Bundle, open_bundle
+from dear_batch.bundle import open_bundle
 from dear_batch.errors import UsageError
-from dear_batch.pointwise.recipe import PairEncoder
-from dear_batch.pointwise.scorer import Scorer, open_scorer
+from dear_batch.machine import machine
+from dear_batch.pointwise.selection import choose, told
 from dear_batch.run import listwise, outcome, pointwise
 from dear_batch.run.folder import (
     check_folder,
@@ -22,12 +22,14 @@ from dear_batch.run.folder import (
     finished,
     locked,
     read_plan,
+    refuse_other_engine,
     refuse_other_job,
     write_plan,
 )
 from dear_batch.run.identity import asked, listwise_runtime, pointwise_runtime
 from dear_batch.run.inputs import Hashes, check_pins, recorded, recorded_of_source
 from dear_batch.run.ledger import Commit, Ledger, discard, temporaries
+from dear_batch.run.loading import load_pointwise
 from dear_batch.run.plan import Plan
 from dear_batch.run.planning import (
     Wanted,
@@ -128,10 +130,18 @@ class Job:
         if self.stage == "listwise":
             self.ledger.drop(listwise.STAGE)
             return
-        open_bundle(self.spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid)
+        self._check_engine()
         if self.spec.listwise and self.stage == "all":
             listwise.prepare(self.spec.listwise, execution.device, paranoid=execution.paranoid)
         clear(folder, outcome.published_by(folder))
+
+    def _check_engine(self) -> None:
+        """Find out early whether what is asked for can run here."""
+        execution = self.spec.execution
+        bundle = open_bundle(
+            self.spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid
+        )
+        choose(bundle, machine(), execution.engine, execution.device)
 
     def _begin(self, phase: str) -> None:
         self.phase = phase
@@ -166,6 +176,8 @@ class Job:
         with self.clock.timed("plan"):
             fields = fitting_plan(folder, wanted, self.stage)
             if fields is None:
+                if self.stage != "listwise":
+                    self._check_engine()
                 plan, fields = new_plan(self.spec, wanted, self.ledger, self.watch)
         commits = self._kept(fields)
         if self.stage != "listwise":
@@ -210,8 +222,9 @@ class Job:
         check_space(self.spec, plan)
         self._begin("load")
         with self.clock.timed("load"):
-            bundle, encoder, scorer = load_pointwise(self.spec)
-        fields = self._with_runtime(fields, pointwise.STAGE, pointwise_runtime(bundle, scorer))
+            loaded = load_pointwise(self.spec.pointwise.bundle, execution, self.watch)
+        fields = {**fields, "passed_over": told(loaded.choice)["passed_over"]}
+        fields = self._with_runtime(fields, pointwise.STAGE, pointwise_runtime(loaded))
         todo = [(source, shard) for source, shard in plan.shards if shard.key not in commits]
         total = sum(output.n_queries for output in plan.outputs)
         done = total - sum(shard.n_queries for _, shard in todo)
@@ -221,15 +234,15 @@ class Job:
             stage = pointwise.Stage(
                 self.spec,
                 plan,
-                encoder,
-                scorer,
+                loaded.encoder,
+                loaded.scorer,
                 self.ledger,
                 hashes,
                 fields["fingerprints"][pointwise.STAGE],
                 self.watch,
                 self.poison,
                 self.careful,
-                bundle.check_unchanged,
+                loaded.bundle.check_unchanged,
             )
             new = {commit.shard: commit for commit in stage.run(todo, done, total)}
             hashes.check()
@@ -302,6 +315,7 @@ class Job:
             fields = with_runtime(fields, stage, runtime, before)
             write_plan(self.ledger.folder, fields)
         else:
+            refuse_other_engine(self.ledger.folder, known, runtime)
             refuse_other_job(self.ledger.folder, {"runtime": known}, {"runtime": runtime})
         return fields
 
@@ -343,23 +357,3 @@ class Job:
 def n_shards(fields: Fields) -> int:
     """The shards of the first stage of a plan."""
     return sum(len(output.shards) for output in outline(fields))
-
-
-def load_pointwise(spec: JobSpec) -> tuple[Bundle, PairEncoder, Scorer]:
-    """Load the first stage's model, every file checked.
-
-    Raises:
-        TrustError, ConfigurationError: see `open_bundle` and `open_scorer`.
-    """
-    execution = spec.execution
-    bundle = open_bundle(spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid)
-    scorer = open_scorer(
-        bundle,
-        engine=execution.engine,
-        device=execution.device,
-        row_tokens=execution.row_tokens,
-        batch_tokens=execution.batch_tokens,
-    )
-    encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
-    bundle.check_unchanged()
-    return bundle, encoder, scorer

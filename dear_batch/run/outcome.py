@@ -80,7 +80,8 @@ def _first_stage(
         "outputs": [],
         "bundle": spec.pointwise.bundle,
         "bundle_sha256": fields["job"]["bundle_sha256"],
-        **{name: runtime[name] for name in ("engine", "device", "precision")},
+        **{name: runtime[name] for name in ("engine", "device", "precision", "plan")},
+        "passed_over": fields["passed_over"],
         **{name: runtime[name] for name in ("row_tokens", "batch_tokens")},
         **figures,
     }

@@ -173,6 +173,7 @@ def new_plan(spec: JobSpec, wanted: Wanted, ledger: Ledger, watch: Watch) -> tup
         "listwise": wanted.listwise,
         "runtime": nothing,
         "fingerprints": nothing,
+        "passed_over": [],  # engines; known once one was chosen
         "outputs": outputs_to_json(plan),
     }
 

@@ -13,7 +13,7 @@ from dear_batch.run.blocks import Work, blocks, score_block
 from dear_batch.run.folder import read_plan
 from dear_batch.run.inputs import recorded_of_source
 from dear_batch.run.ledger import Ledger
-from dear_batch.run.local import load_pointwise
+from dear_batch.run.loading import load_pointwise
 from dear_batch.run.plan import Plan, Source
 from dear_batch.run.planning import no_stage_one, outline, plan_again, wanted_now
 from dear_batch.run.watch import Watch
@@ -72,9 +72,9 @@ def _probe_candidates(
         items = pointwise.admit(spec, source, plan.places(source), lists)
         admitted = [item for item in items if isinstance(item, Admitted)]
     if end is not None:
-        _, encoder, scorer = load_pointwise(spec)
-        for block in blocks(_within(admitted, first, end, depth), encoder, depth):
-            score_block(block, scorer, Work(), lambda _share: watch.check())
+        loaded = load_pointwise(spec.pointwise.bundle, spec.execution, watch)
+        for block in blocks(_within(admitted, first, end, depth), loaded.encoder, depth):
+            score_block(block, loaded.scorer, Work(), lambda _share: watch.check())
     return sum(len(item.candidates[:depth]) for item in admitted)
 
 

@@ -20,6 +20,7 @@ from tests.conftest import collection_queries, collection_texts
 Make = Callable[..., Path]
 COMMANDS = sorted(main.commands)
 HEAVY = {"torch", "transformers", "peft", "optimum", "onnx", "onnxscript"}
+HEAVY |= {"tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}
 
 
 def invoke(*arguments: object, stdin: str | None = None) -> Result:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dear_batch.machine import machine
 from tests.cli.commands import (
     Make,
     everything,
@@ -212,7 +213,7 @@ def test_another_jobs_folder_is_refused(bundle: Make, lists: Path, tmp_path: Pat
 
 @pytest.mark.model
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
-@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("engine", ["auto", "tensorrt", "onnxruntime", "torch"])
 def test_cuda_is_refused_where_there_is_none(
     engine: str, bundle: Make, lists: Path, tmp_path: Path
 ) -> None:
@@ -226,7 +227,31 @@ def test_cuda_is_refused_where_there_is_none(
     assert all(line.startswith("{") for line in done.stderr.splitlines())
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["exit_code"] == 78
-    assert not (tmp_path / "out" / "run.trec").exists()
+    assert left_by_a_failure(tmp_path / "out")
+    assert not (tmp_path / "out" / "plan.json").exists()  # before the inputs are read
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
+def test_tensorrt_is_refused_where_it_cannot_run(bundle: Make, lists: Path, tmp_path: Path) -> None:
+    common = ("--input", lists, "--bundle", bundle("llama31"), "--output", tmp_path / "out")
+    commands: tuple[tuple[object, ...], ...] = (
+        ("run", *common),
+        ("run", *common, "--dry-run"),
+        ("score", bundle("llama31"), "who?", "a text"),
+    )
+    for command in commands:
+        message = fail(78, "with --engine tensorrt", *command, "--engine", "tensorrt")
+        assert machine().driver.fault in message
+        assert "--engine onnxruntime --device cpu, which runs here" in message
+        assert "dear-batch doctor" in message
+    succeed("run", *common)
+    before = everything(tmp_path / "out")
+    fail(78, "with --engine tensorrt", "run", *common, "--engine", "tensorrt", "--restart")
+    after = everything(tmp_path / "out")
+    assert before.pop("LOCK") != after.pop("LOCK")
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert changed <= {"report.json", "metrics.prom"}
 
 
 def spec_with(line: str, folder: Path) -> Path:

@@ -25,6 +25,7 @@ from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoin
 from dear_batch.pointwise.onnx_scorer import PackedOnnxScorer, PaddedOnnxScorer
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import open_scorer, score_pairs
+from dear_batch.pointwise.selection import Choice
 from dear_batch.pointwise.torch_scorer import TorchScorer
 from dear_batch.specs import ExportSpec
 from tests.conftest import save_checkpoint
@@ -145,8 +146,10 @@ def test_a_4x_config_keeps_its_rope_scaling(
     new = open_bundle(bundle("llama31"))
     encoder = PairEncoder.from_file(new.folder / "tokenizer.json", new.recipe)
     (pairs,) = encoder.encode([("q", [("", " ".join(texts[i : i + 4])) for i in range(6)])])
-    expected = score_pairs(open_scorer(new), pairs)
-    np.testing.assert_array_equal(score_pairs(open_scorer(exported), pairs), expected)
+    expected = score_pairs(open_scorer(new, Choice("onnxruntime", "cpu")), pairs)
+    np.testing.assert_array_equal(
+        score_pairs(open_scorer(exported, Choice("onnxruntime", "cpu")), pairs), expected
+    )
     # And the scaling matters: without it these scores differ.
     config["rope_scaling"] = None
     (old / "config.json").write_text(json.dumps(config))
@@ -170,7 +173,12 @@ def test_any_depth_is_exported_from_two_traced_layers(
     encoder = PairEncoder.from_file(bundle.folder / "tokenizer.json", bundle.recipe)
     (pairs,) = encoder.encode([("q", [("", text) for text in texts[:8]])])
     expected = readme_logits(model, "q", list(texts[:8]))
-    np.testing.assert_allclose(score_pairs(open_scorer(bundle), pairs), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        score_pairs(open_scorer(bundle, Choice("onnxruntime", "cpu")), pairs),
+        expected,
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 def test_final_position_pooling_is_served_unpacked_at_full_length(
@@ -194,7 +202,10 @@ def test_final_position_pooling_is_served_unpacked_at_full_length(
         last = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
         at_last_token = model.score(last[torch.arange(9), mask.sum(-1) - 1])[:, 0].numpy()
     assert np.abs(expected - at_last_token).max() > 1e-2
-    for scorer in (open_scorer(opened), open_scorer(opened, engine="torch")):
+    for scorer in (
+        open_scorer(opened, Choice("onnxruntime", "cpu")),
+        open_scorer(opened, Choice("torch", "cpu")),
+    ):
         assert scorer.layout.fixed_length == 228
         np.testing.assert_allclose(score_pairs(scorer, pairs), expected, atol=1e-4, rtol=0)
 
@@ -217,7 +228,11 @@ def test_pad_like_tokens_inside_a_pair_do_not_move_the_pooling(
         ]
         expected = [float(model.score(h[0, -1])) for h in hidden]
     standard = PaddedOnnxScorer(opened.folder / "onnx/model.onnx", opened.recipe, "cpu")
-    for scorer in (open_scorer(opened), standard, open_scorer(opened, engine="torch")):
+    for scorer in (
+        open_scorer(opened, Choice("onnxruntime", "cpu")),
+        standard,
+        open_scorer(opened, Choice("torch", "cpu")),
+    ):
         np.testing.assert_allclose(score_pairs(scorer, pairs), expected, atol=1e-4, rtol=0)
 
 
@@ -260,7 +275,7 @@ def test_a_listwise_adapter_becomes_merged_safetensors(
         torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, atol=1e-4, rtol=0)
     assert AutoTokenizer.from_pretrained(bundle.folder).encode("a b")
     with pytest.raises(ConfigurationError, match="no scores"):
-        open_scorer(bundle)
+        open_scorer(bundle, Choice("onnxruntime", "cpu"))
 
 
 def test_listwise_weights_are_cast_once_to_the_checkpoints_dtype(

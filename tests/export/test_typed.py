@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.errors import ConfigurationError
 from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoint
-from dear_batch.export.gate import runnable
+from dear_batch.export.gate import check_packed, runnable
 from dear_batch.export.graphs import packed_graph
 from dear_batch.export.typed import MARGIN, recorded_peaks, scales
 from dear_batch.parity import GATES, compare
@@ -104,11 +104,15 @@ def test_a_bundles_graph_in_another_precision(precision: Any, bundle: Make, tmp_
     exported = bundle("llama31", precision=precision) / "onnx"
     for name in ("packed.onnx", "weights.safetensors"):
         assert (tmp_path / name).read_bytes() == (exported / name).read_bytes()
-    opened = open_bundle(bundle("llama31"))
-    with runnable(graph, precision) as path:
-        scores = own_scores(opened, path)
-    parity = compare([np.array(opened.manifest.own_scores, np.float32)], [scores])
-    assert GATES[precision].misses(parity) is None
+    parity = check_packed(open_bundle(bundle("llama31")), graph, precision)
+    assert parity.pairs == 64
+
+
+def test_a_graph_that_scores_otherwise_is_refused(bundle: Make, tmp_path: Path) -> None:
+    graph = packed_graph(open_bundle(bundle("llama31")), "fp16", tmp_path)
+    other = open_bundle(bundle("llama32"))
+    with pytest.raises(ConfigurationError, match="does not score as PyTorch does"):
+        check_packed(other, graph, "fp16")
 
 
 def test_final_position_pooling_has_no_packed_graph(bundle: Make, tmp_path: Path) -> None:

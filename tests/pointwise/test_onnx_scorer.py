@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from dear_batch.errors import ConfigurationError
 from dear_batch.pointwise.onnx_scorer import open_session, run
@@ -31,8 +30,7 @@ def graph_with_weights_at(location: str, path: Path) -> None:
 def test_weights_beside_the_graph_are_read(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())
     graph_with_weights_at("w.bin", tmp_path / "g.onnx")
-    session, device = open_session(tmp_path / "g.onnx", "cpu")
-    assert device == "cpu"
+    session = open_session(tmp_path / "g.onnx", "cpu")
     (found,) = session.run(None, {"x": np.ones(4, np.float32)})
     assert found.tolist() == [1, 2, 3, 4]
 
@@ -56,10 +54,7 @@ def test_cuda_without_a_gpu_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(bytes(16))
     graph_with_weights_at("w.bin", tmp_path / "g.onnx")
     with pytest.raises(ConfigurationError, match="could not use CUDA"):
-        open_session(tmp_path / "g.onnx", "cuda")
-    session, device = open_session(tmp_path / "g.onnx", "auto")
-    assert device == "cpu"
-    assert session.get_providers() == ["CPUExecutionProvider"]
+        open_session(tmp_path / "g.onnx", "cuda:0")
 
 
 def expanding(path: Path) -> Path:
@@ -79,16 +74,16 @@ def expanding(path: Path) -> Path:
 def test_memory_that_the_arena_does_not_get(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    session, _ = open_session(expanding(tmp_path / "g.onnx"), "cpu")
+    session = open_session(expanding(tmp_path / "g.onnx"), "cpu")
 
     def expand(*shape: int) -> int:
         feeds = {"x": np.ones(1, np.float32), "shape": np.array(shape, np.int64)}
-        return int(run(session, "y", feeds).sum())
+        return int(run(session, "y", feeds, "cpu").sum())
 
     with pytest.raises(MemoryError, match="Failed to allocate memory for requested buffer"):
         expand(1 << 46)  # 256 TiB, twice what x86-64 can address
     assert expand(1 << 10) == 1 << 10  # the session goes on
     # The same kind of exception, and no shortage: a size that is no number.
-    with pytest.raises(Fail, match="Integer overflow"):
+    with pytest.raises(RuntimeError, match="Integer overflow"):
         expand(1 << 40, 1 << 40)
     assert capfd.readouterr().err == ""

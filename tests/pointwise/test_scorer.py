@@ -16,24 +16,28 @@ pytest.importorskip("torch", reason="the other engine")
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from dear_batch.bundle import open_bundle
-from dear_batch.errors import TryAgainError
+from dear_batch.bundle import Engine, open_bundle
+from dear_batch.errors import ConfigurationError, TryAgainError
+from dear_batch.pointwise.profiles import lay_out
 from dear_batch.pointwise.recipe import EncodedPair, PairEncoder
 from dear_batch.pointwise.rows import Batch
-from dear_batch.pointwise.scorer import EngineName, Scorer, open_scorer, score_pairs
+from dear_batch.pointwise.scorer import Finish, OneAtATime, Scorer, open_scorer, score_pairs
+from dear_batch.pointwise.selection import Choice
 from tests.conftest import collection_queries, collection_texts
 
 pytestmark = pytest.mark.model
 
 Make = Callable[..., Path]
-ENGINES: tuple[EngineName, ...] = ("onnxruntime", "torch")
+ENGINES = ("onnxruntime", "torch")
+CHOICE = Choice("onnxruntime", "cpu")
 
 
-class Limited:
+class Limited(OneAtATime):
     """A real scorer with memory for so many tokens at once, padding included."""
 
     def __init__(self, scorer: Scorer, tokens: int, error: Exception | None = None) -> None:
         self.layout, self.engine, self.device = scorer.layout, scorer.engine, scorer.device
+        self.precision = scorer.precision
         self._scorer, self._tokens = scorer, tokens
         self._error = error
         self.asked: list[int] = []
@@ -42,7 +46,7 @@ class Limited:
         self.asked.append(len(batch.rows) * batch.length)
         if self.asked[-1] > self._tokens:
             raise self._error or MemoryError("no room for it")
-        return self._scorer.score(batch)
+        return self._scorer.start(batch)()
 
 
 def pairs_of(folder: Path, queries: int = 3) -> list[EncodedPair]:
@@ -59,11 +63,9 @@ def order(scores_N: NDArray[np.float32]) -> list[int]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("tokens", [1500, 600, 300])
-def test_smaller_batches_give_the_same_scores(
-    bundle: Make, engine: EngineName, tokens: int
-) -> None:
+def test_smaller_batches_give_the_same_scores(bundle: Make, engine: str, tokens: int) -> None:
     pairs = pairs_of(bundle("llama31"))
-    scorer = open_scorer(open_bundle(bundle("llama31")), engine=engine, batch_tokens=4096)
+    scorer = open_scorer(open_bundle(bundle("llama31")), Choice(engine, "cpu"), batch_tokens=4096)
     expected_N = score_pairs(scorer, pairs)
     limited, seen, limits = Limited(scorer, tokens), list[Batch](), list[int]()
     found_N = score_pairs(limited, pairs, seen.append, limits.append)
@@ -81,7 +83,7 @@ def test_smaller_batches_give_the_same_scores(
 def test_rows_of_many_documents_are_split_down_to_one(bundle: Make) -> None:
     pairs = pairs_of(bundle("llama31"), queries=2)
     longest = max(len(pair) for pair in pairs)
-    scorer = open_scorer(open_bundle(bundle("llama31")), row_tokens=2048, batch_tokens=2048)
+    scorer = open_scorer(open_bundle(bundle("llama31")), CHOICE, row_tokens=2048, batch_tokens=2048)
     expected_N = score_pairs(scorer, pairs)
     limited = Limited(scorer, longest)  # a pair of the longest, and not a token more
     np.testing.assert_allclose(score_pairs(limited, pairs), expected_N, atol=1e-4, rtol=0)
@@ -90,7 +92,7 @@ def test_rows_of_many_documents_are_split_down_to_one(bundle: Make) -> None:
 
 def test_the_next_call_starts_at_full_size_again(bundle: Make) -> None:
     pairs = pairs_of(bundle("llama31"))
-    scorer = open_scorer(open_bundle(bundle("llama31")), batch_tokens=4096)
+    scorer = open_scorer(open_bundle(bundle("llama31")), CHOICE, batch_tokens=4096)
     limited = Limited(scorer, 600)
     score_pairs(limited, pairs)
     first = limited.asked.copy()
@@ -101,7 +103,7 @@ def test_the_next_call_starts_at_full_size_again(bundle: Make) -> None:
 def test_below_a_single_pair_the_job_may_try_again(bundle: Make) -> None:
     pairs = pairs_of(bundle("llama31"))
     longest = max(len(pair) for pair in pairs)
-    limited = Limited(open_scorer(open_bundle(bundle("llama31"))), longest - 1)
+    limited = Limited(open_scorer(open_bundle(bundle("llama31")), CHOICE), longest - 1)
     with pytest.raises(TryAgainError, match=f"a single pair of {longest} tokens") as caught:
         score_pairs(limited, pairs)
     assert caught.value.exit_code == 75
@@ -113,7 +115,7 @@ def test_below_a_single_pair_the_job_may_try_again(bundle: Make) -> None:
     "error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory")]
 )
 def test_any_other_error_is_raised_as_it_is(bundle: Make, error: Exception) -> None:
-    limited = Limited(open_scorer(open_bundle(bundle("llama31"))), 0, error)
+    limited = Limited(open_scorer(open_bundle(bundle("llama31")), CHOICE), 0, error)
     with pytest.raises(type(error)) as caught:
         score_pairs(limited, pairs_of(bundle("llama31")))
     assert caught.value is error
@@ -121,7 +123,7 @@ def test_any_other_error_is_raised_as_it_is(bundle: Make, error: Exception) -> N
 
 
 def test_a_failed_attempt_holds_nothing_when_the_next_begins(bundle: Make) -> None:
-    scorer = open_scorer(open_bundle(bundle("llama31")), batch_tokens=4096)
+    scorer = open_scorer(open_bundle(bundle("llama31")), CHOICE, batch_tokens=4096)
 
     class Holding(Limited):
         held: "weakref.ref[NDArray[np.float32]] | None" = None
@@ -138,6 +140,93 @@ def test_a_failed_attempt_holds_nothing_when_the_next_begins(bundle: Make) -> No
     assert limits
 
 
+class TwoAtOnce(Limited):
+    """A scorer with memory for so many tokens in all batches under way together.
+
+    It says at `late` documents, or fewer, only when it is waited for that there was none.
+    """
+
+    in_flight = 2
+
+    def __init__(self, scorer: Scorer, tokens: int, late: int = 0) -> None:
+        super().__init__(scorer, tokens)
+        self._late, self.under_way, self.finished = late, list[Batch](), list[Batch]()
+
+    def start(self, batch: Batch) -> Finish:
+        assert len(self.under_way) < self.in_flight
+        taken = sum(len(b.rows) * b.length for b in [*self.under_way, batch])
+        self.asked.append(taken)
+        if taken > self._tokens and len(batch.documents) > self._late:
+            raise MemoryError("no room for it")
+        self.under_way.append(batch)
+
+        def finish() -> NDArray[np.float32]:
+            assert self.under_way.pop(0) is batch
+            self.finished.append(batch)
+            if taken > self._tokens:
+                raise MemoryError("no room for it, seen late")
+            return self._scorer.start(batch)()
+
+        return finish
+
+
+@pytest.mark.parametrize("late", [0, 1000])
+@pytest.mark.parametrize("tokens", [10**6, 1400, 600, 300])
+def test_scores_do_not_depend_on_how_many_batches_go_at_once(
+    bundle: Make, tokens: int, late: int
+) -> None:
+    pairs = pairs_of(bundle("llama31"), queries=6)
+    scorer = open_scorer(open_bundle(bundle("llama31")), CHOICE, batch_tokens=1024)
+    alone, seen_alone, limits_alone = Limited(scorer, tokens), list[Batch](), list[int]()
+    expected_N = score_pairs(alone, pairs, seen_alone.append, limits_alone.append)
+    together, seen, limits = TwoAtOnce(scorer, tokens, late), list[Batch](), list[int]()
+    found_N = score_pairs(together, pairs, seen.append, limits.append)
+    np.testing.assert_array_equal(found_N, expected_N)
+    assert [batch.documents for batch in seen] == [batch.documents for batch in seen_alone]
+    assert limits == limits_alone
+    assert not together.under_way
+    assert len(limits) >= (tokens < 1000)
+    if tokens == 10**6:
+        assert max(together.asked) > max(alone.asked)  # two were under way
+
+
+def test_below_a_single_pair_the_others_are_waited_for(bundle: Make) -> None:
+    pairs = pairs_of(bundle("llama31"))
+    longest = max(len(pair) for pair in pairs)
+    scorer = open_scorer(open_bundle(bundle("llama31")), CHOICE)
+    together = TwoAtOnce(scorer, longest - 1)
+    with pytest.raises(TryAgainError, match=f"a single pair of {longest} tokens"):
+        score_pairs(together, pairs)
+    assert not together.under_way
+
+
+def plan_of(row_tokens: int, batch_tokens: int) -> Engine:
+    return Engine(
+        path="engines/tensorrt-sm_80/x.plan",
+        bytes=1,
+        sha256="0" * 64,
+        flavour="tensorrt",
+        version="10.13",
+        sm="sm_80",
+        platform="linux-x86_64",
+        precision="fp16",
+        row_tokens=row_tokens,
+        batch_tokens=batch_tokens,
+        profiles=lay_out(row_tokens, batch_tokens),
+        build_seconds=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"row_tokens": 513}, {"batch_tokens": 4097}, {"row_tokens": 512, "batch_tokens": 5000}],
+)
+def test_budgets_beyond_what_an_engine_was_built_for(bundle: Make, asked: dict[str, int]) -> None:
+    choice = Choice("tensorrt", "cuda:0", plan_of(512, 4096))
+    with pytest.raises(ConfigurationError, match="was built for"):
+        open_scorer(open_bundle(bundle("llama31")), choice, **asked)
+
+
 # Memory that really runs out: the address space of a process of its own is limited.
 STARVED = """
 import json, resource, sys
@@ -145,10 +234,11 @@ from pathlib import Path
 from tests.pointwise.test_scorer import pairs_of
 from dear_batch.bundle import open_bundle
 from dear_batch.pointwise.scorer import open_scorer, score_pairs
+from dear_batch.pointwise.selection import Choice
 
 folder, engine, more_mb = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 pairs = pairs_of(folder, queries=12)
-scorer = open_scorer(open_bundle(folder), engine=engine, batch_tokens=1 << 20)
+scorer = open_scorer(open_bundle(folder), Choice(engine, "cpu"), batch_tokens=1 << 20)
 score_pairs(scorer, pairs[:2])  # threads and libraries are there
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status")
             if line.startswith("VmSize"))
@@ -161,7 +251,7 @@ print(json.dumps([limits, scores.tolist()]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads VmSize, limits the address space")
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_real_shortage(bundle: Make, engine: EngineName) -> None:
+def test_a_real_shortage(bundle: Make, engine: str) -> None:
     folder = bundle("llama31")
     command = [sys.executable, "-c", STARVED, str(folder), engine, "60"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -169,7 +259,7 @@ def test_a_real_shortage(bundle: Make, engine: EngineName) -> None:
     assert limits
     assert done.stderr == ""
     pairs = pairs_of(folder, queries=12)
-    expected_N = score_pairs(open_scorer(open_bundle(folder), engine=engine), pairs)
+    expected_N = score_pairs(open_scorer(open_bundle(folder), Choice(engine, "cpu")), pairs)
     np.testing.assert_allclose(scores, expected_N, atol=1e-4, rtol=0)
 
 
@@ -191,11 +281,11 @@ def full_torch(*_: object) -> None:
 def test_a_model_that_finds_no_memory_is_worth_another_try(
     bundle: Make,
     monkeypatch: pytest.MonkeyPatch,
-    engine: EngineName,
+    engine: str,
     place: str,
     full: Callable[..., None],
 ) -> None:
     monkeypatch.setattr(place, full)
     with pytest.raises(TryAgainError, match="not enough memory to load") as caught:
-        open_scorer(open_bundle(bundle("llama31")), engine=engine)
+        open_scorer(open_bundle(bundle("llama31")), Choice(engine, "cpu"))
     assert "allocate" in caught.value.where

@@ -15,6 +15,7 @@ from dear_batch.data import Candidate, CandidateList, Refusal
 from dear_batch.files.places import Places
 from dear_batch.pointwise.recipe import PairEncoder, recipe_from_tokenizer
 from dear_batch.pointwise.rows import Batch, Layout, packed_arrays, padded_arrays
+from dear_batch.pointwise.scorer import OneAtATime
 from dear_batch.run import blocks as blocks_module
 from dear_batch.run.admission import Admitted
 from dear_batch.run.blocks import Work, ahead, blocks, score_block
@@ -37,11 +38,12 @@ def score_of(ids: NDArray[np.integer]) -> float:
     return float(crc32(ids.astype(np.int64).tobytes()) % (1 << 24))
 
 
-class FakeScorer:
+class FakeScorer(OneAtATime):
     """Reads the arrays that a graph would get, and scores the ids that it finds there."""
 
     engine = "fake"
     device = "cpu"
+    precision = "fp32"
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout

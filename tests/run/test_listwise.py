@@ -17,7 +17,7 @@ from dear_batch.files import parts
 from dear_batch.files.parts import RERANKED_SCHEMA, TEXT_SCHEMA
 from dear_batch.files.results import RERANKED_RESULTS_SCHEMA, TRANSCRIPTS_SCHEMA
 from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run import blocks, listwise, local, planning
+from dear_batch.run import blocks, listwise, loading, planning
 from dear_batch.run.folder import finished, sealed, unsealed
 from dear_batch.run.local import run_job
 from dear_batch.specs import ExecutionSpec, JobSpec, ListwiseSpec, OutputSpec
@@ -383,7 +383,7 @@ def test_the_scorer_is_gone_before_the_other_model_loads(
         scorers.append(weakref.ref(scorer))
         return scorer
 
-    monkeypatch.setattr(local, "open_scorer", opened)
+    monkeypatch.setattr(loading, "open_scorer", opened)
     fake.on_open = lambda: alive.extend(ref() is not None for ref in scorers)
     run_job(spec)
     assert alive == [False]
@@ -415,7 +415,7 @@ def test_the_stages_apart_give_the_bytes_of_both_together(
     assert apart["shards"].pop("pointwise") == {"done": 1, "kept": 1}
     assert together["shards"].pop("pointwise") == {"done": 1, "kept": 0}
     assert without_times(apart) == without_times(together)
-    monkeypatch.setattr(local, "open_scorer", None)  # the second stage alone needs no scorer
+    monkeypatch.setattr(loading, "open_scorer", None)  # the second stage alone needs no scorer
     before = states(tmp_path / "apart")
     for stage in ("pointwise", "listwise", "all"):
         again = run_job(into(spec, tmp_path / "apart"), stage=stage)  # type: ignore[arg-type]
@@ -670,7 +670,7 @@ def test_a_first_stage_that_dies_leaves_no_commit(
     monkeypatch.setattr(blocks, "ENCODE_LISTS", 1)
     monkeypatch.setattr(blocks, "BLOCK_PAIRS", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(local, "open_scorer", lambda *a, **k: Failing(open_scorer(*a, **k), 5))
+        patch.setattr(loading, "open_scorer", lambda *a, **k: Failing(open_scorer(*a, **k), 5))
         with pytest.raises(RuntimeError, match="the device is gone"):
             run_job(spec)
     assert names(tmp_path / "out") == WORK
@@ -768,7 +768,7 @@ def test_failed_windows_are_counted_and_published(
 def refused(spec: JobSpec, match: str, *, stage: Any = "all") -> DearBatchError:
     """The error of a job that stops before stage 1, and publishes nothing but why."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "open_scorer", None)
+        patch.setattr(loading, "open_scorer", None)
         with pytest.raises(DearBatchError, match=match) as caught:
             run_job(spec, stage=stage)
     folder = Path(spec.output.folder)

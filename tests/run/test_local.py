@@ -28,9 +28,10 @@ from dear_batch.errors import (
     UsageError,
 )
 from dear_batch.files.results import QUARANTINE_SCHEMA, RESULTS_SCHEMA
+from dear_batch.machine import gpus
 from dear_batch.pointwise.rows import Batch
-from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run import blocks, local, plan, planning
+from dear_batch.pointwise.scorer import OneAtATime, Scorer, open_scorer
+from dear_batch.run import blocks, loading, plan, planning
 from dear_batch.run.folder import locked
 from dear_batch.run.local import run_job
 from dear_batch.run.watch import StoppedError, Watch
@@ -212,7 +213,7 @@ def published(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-class Fixed:
+class Fixed(OneAtATime):
     """A scorer that gives one value to every pair whose document holds a text."""
 
     def __init__(self, inner: Scorer, text: str, value: float) -> None:
@@ -220,34 +221,36 @@ class Fixed:
         self._text = text[:40]  # the rest may have been cut
         self._tokenizer = tokenizer_of("llama31")
         self.layout, self.engine, self.device = inner.layout, inner.engine, inner.device
+        self.precision = inner.precision
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
-        scores_N = self._inner.score(batch)
+        scores_N = self._inner.start(batch)()
         for n, d in enumerate(batch.documents):
             if self._text in self._tokenizer.decode(batch.pairs[d].document_ids.tolist()):
                 scores_N[n] = self._value
         return scores_N
 
 
-class Failing:
+class Failing(OneAtATime):
     """A scorer that works for some calls and then raises."""
 
     def __init__(self, inner: Scorer, calls: int) -> None:
         self._inner, self._left = inner, calls
         self.layout, self.engine, self.device = inner.layout, inner.engine, inner.device
+        self.precision = inner.precision
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         self._left -= 1
         if self._left < 0:
             raise RuntimeError("the device is gone")
-        return self._inner.score(batch)
+        return self._inner.start(batch)()
 
 
 @contextmanager
 def scorer_wrapped(wrap: Callable[[Scorer], Scorer]) -> Iterator[None]:
     """Jobs inside score with what `wrap` makes of the real scorer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "open_scorer", lambda *a, **k: wrap(open_scorer(*a, **k)))
+        patch.setattr(loading, "open_scorer", lambda *a, **k: wrap(open_scorer(*a, **k)))
         yield
 
 
@@ -825,7 +828,7 @@ def test_a_finished_job_again_changes_nothing(
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
     report = run_job(spec)
     before = states(tmp_path / "out")
-    monkeypatch.setattr(local, "open_scorer", None)
+    monkeypatch.setattr(loading, "open_scorer", None)
     again = run_job(spec)
     assert again == {**report, "already_done": True}
     after = states(tmp_path / "out")
@@ -923,7 +926,7 @@ def test_another_job_is_refused_before_any_model_loads(
     spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
     run_job(spec)
     before = states(tmp_path / "out")
-    monkeypatch.setattr(local, "open_scorer", None)
+    monkeypatch.setattr(loading, "open_scorer", None)
     deeper = replace(spec, pointwise=replace(spec.pointwise, depth=3))
     torch = replace(spec, execution=ExecutionSpec(engine="torch"))
     for other, where in ((deeper, "job.pointwise"), (torch, "runtime.engine")):
@@ -932,6 +935,51 @@ def test_another_job_is_refused_before_any_model_loads(
         assert caught.value.where.endswith(f"plan.json: {where}")
         assert caught.value.exit_code == 78
     assert without_lock(states(tmp_path / "out")) == without_lock(before)
+
+
+def test_a_job_goes_on_with_the_engine_that_began_it(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    path = nested(tmp_path / "in.parquet", rows[:6], row_group_size=2)
+    spec = job(bundle("llama31"), tmp_path / "out", path)
+    torch = replace(spec, execution=ExecutionSpec(engine="torch", device="cpu"))
+    with small_shards():
+        with pytest.raises(StoppedError):
+            run_job(torch, Recorder(1))
+        plan = states(tmp_path / "out")["plan.json"]
+        with pytest.raises(ConfigurationError, match="begun with torch on cpu") as caught:
+            run_job(spec)
+        assert "onnxruntime on cpu" in caught.value.what
+        assert "--engine torch --device cpu" in caught.value.next_step
+        assert "--restart" in caught.value.next_step
+        assert states(tmp_path / "out")["plan.json"] == plan
+        report = run_job(torch)
+    assert (report["engine"], report["status"]) == ("torch", "ok")
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+def test_the_choice_and_what_was_passed_over_are_told(
+    bundle: Make, tmp_path: Path, rows: list[Row]
+) -> None:
+    told = list[tuple[str, dict[str, Any]]]()
+
+    class Listening(Watch):
+        def log(self, event: str, **fields: object) -> None:
+            told.append((event, fields))
+
+    spec = job(bundle("llama31"), tmp_path / "out", nested(tmp_path / "in.parquet", rows[:3]))
+    report = run_job(spec, Listening())
+    (fields,) = (fields for event, fields in told if event == "engine")
+    assert (fields["engine"], fields["device"], fields["plan"]) == ("onnxruntime", "cpu", None)
+    over = [(item["engine"], item["device"]) for item in fields["passed_over"]]
+    assert over == [("tensorrt", "cuda"), ("onnxruntime", "cuda"), ("torch", "cuda")]
+    assert all(item["why"] and item["next_step"] for item in fields["passed_over"])
+    assert report["passed_over"] == fields["passed_over"]
+    assert report_of(tmp_path / "out")["passed_over"] == fields["passed_over"]
+    assert report["plan"] is None
+    cpu = replace(spec, execution=ExecutionSpec(engine="onnxruntime", device="cpu"))
+    named = run_job(replace(cpu, output=replace(spec.output, folder=str(tmp_path / "named"))))
+    assert [item["why"] for item in named["passed_over"]] == ["--device cpu was asked for"]
 
 
 def test_beginning_anew_forgets_another_job(bundle: Make, tmp_path: Path, rows: list[Row]) -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from dear_batch.errors import ConfigurationError
 from dear_batch.pointwise.rows import Batch
-from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.run import local, planning
+from dear_batch.pointwise.scorer import OneAtATime, Scorer, open_scorer
+from dear_batch.run import loading, planning
 from dear_batch.run.folder import read_plan
 from dear_batch.run.local import run_job
 from dear_batch.run.planning import outline
@@ -54,18 +54,19 @@ def rows() -> list[Row]:
     return rows
 
 
-class Listening:
+class Listening(OneAtATime):
     """A scorer that remembers the documents that it is shown."""
 
     def __init__(self, inner: Scorer, seen: list[str]) -> None:
         self._inner, self._seen = inner, seen
         self._tokenizer = tokenizer_of("llama31")
         self.layout, self.engine, self.device = inner.layout, inner.engine, inner.device
+        self.precision = inner.precision
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         pairs = (batch.pairs[d] for d in batch.documents)
         self._seen += [self._tokenizer.decode(pair.document_ids.tolist()) for pair in pairs]
-        return self._inner.score(batch)
+        return self._inner.start(batch)()
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the scorers of this test are shown."""
     found: list[str] = []
     monkeypatch.setattr(
-        local, "open_scorer", lambda *a, **k: Listening(open_scorer(*a, **k), found)
+        loading, "open_scorer", lambda *a, **k: Listening(open_scorer(*a, **k), found)
     )
     return found
 
@@ -83,7 +84,9 @@ def died(spec: JobSpec, shards: int, size: int = SHARD) -> JobSpec:
     folder = Path(spec.output.folder)
     with small_shards(size), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            local, "open_scorer", lambda *a, **k: FailingAfter(open_scorer(*a, **k), folder, shards)
+            loading,
+            "open_scorer",
+            lambda *a, **k: FailingAfter(open_scorer(*a, **k), folder, shards),
         )
         with pytest.raises(RuntimeError, match="the device is gone"):
             run_job(spec)
