@@ -13,11 +13,14 @@ import gc
 import json
 import os
 import platform
-import resource
 import tempfile
+import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
+import psutil
 import tensorrt_rtx
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -36,6 +39,7 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "num_labels": 1,
+    "max_position_embeddings": 131072,
     "rope_parameters": {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -46,6 +50,7 @@ LLAMA_8B = {
     },
 }
 LAYERS_8B = 32
+PEAK = 4.5  # a build holds less than so many times its fp16 weights, which come from fp32 ones
 KEPT_FREE = 4 << 30  # of the machine's memory
 
 
@@ -62,11 +67,39 @@ class Result:
     scratch_bytes: tuple[int, ...]
 
 
+class PeakOfChildren:
+    """The most memory that a child process held at once, while this is entered.
+
+    `getrusage` would count what its parent held when it was forked.
+    """
+
+    def __enter__(self) -> Self:
+        """Begin to look."""
+        self.bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            for child in psutil.Process().children():
+                with suppress(OSError, StopIteration):
+                    lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+                    found = next(x for x in lines if x.startswith("VmHWM"))
+                    self.bytes = max(self.bytes, int(found.split()[1]) * 1024)
+
+
 def build(model: str, layers: int, graph: Path, sm: str) -> Result:
     plan = graph.with_name("plan")
-    found = built(Order(graph, plan, "tensorrt_rtx", sm, lay_out()), lambda _share: None)
-    # The largest of all children so far: builds come in order of size.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    with PeakOfChildren() as held:
+        found = built(Order(graph, plan, "tensorrt_rtx", sm, lay_out()), lambda _share: None)
+    peak = held.bytes
     size = plan.stat().st_size
     plan.unlink()
     result = Result(model, layers, sm, round(found.seconds, 1), size, peak, found.scratch_bytes)
@@ -124,11 +157,12 @@ def main() -> None:
     results, skipped = list[Result](), {}
     with tempfile.TemporaryDirectory() as folder:
         graph = packed_graph(bundle, "fp16", Path(folder))
-        name, layers = bundle.manifest.source.model, int(bundle.manifest.architecture["num_layers"])
-        results.append(build(Path(name).name, layers, graph, arguments.sm))
+        millions = graph.with_name("weights.safetensors").stat().st_size / 2 / 1e6
+        layers = int(bundle.manifest.architecture["num_layers"])
+        name = f"bundle of {millions:.0f} million parameters"
+        results.append(build(name, layers, graph, arguments.sm))
     for layers in arguments.layers:
-        # Written from fp32; a build held less than five times its fp16 weights.
-        needed = 5 * 2 * parameters(layers)
+        needed = max(4, PEAK * 2) * parameters(layers)
         if needed > available_bytes():
             skipped[layers] = f"{needed / 1e9:.0f} GB of memory needed, not there"
             continue

@@ -68,17 +68,16 @@ def add_engines(
     flavour, kinds = planned(wanted)
     with _locked(folder / ENGINES):
         bundle, precision = open_bundle(folder), wanted.engine_precision
+        _sweep(folder, bundle.manifest.engines)
         _check_space(bundle, precision, len(kinds))
         profiles = _profiles(bundle, wanted, report)
         with scratch_folder(folder / ENGINES / SCRATCH) as scratch:
             graph = _graph(bundle, precision, scratch, report)
             order = Order(graph, scratch / "plan", flavour, "", profiles, wanted.level)
-            engines = [
-                _engine(replace(order, sm=sm), bundle, precision, report, advance) for sm in kinds
-            ]
+            engines = [_engine(replace(order, sm=sm), precision, report, advance) for sm in kinds]
             bundle.check_unchanged()
             _record(bundle, engines, scratch)
-        _sweep(folder / ENGINES, {engine.path for engine in _kept(bundle, engines)})
+        _sweep(folder, _kept(bundle, engines))
     return tuple(engines)
 
 
@@ -121,18 +120,23 @@ def _locked(engines: Path) -> Iterator[None]:
         descriptor = os.open(path, flags, 0o666)
     try:
         with writing(path):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, engines)
         for left in engines.glob(f".{SCRATCH}.*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, engines: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise TryAgainError(
             f"Another export is at work on the engines of {engines.parent}.",
             valid="one at a time",
             next_step="wait for it, then run the same command again",
         ) from None
-    finally:
-        os.close(descriptor)
 
 
 def _check_space(bundle: Bundle, precision: Precision, n_plans: int) -> None:
@@ -195,25 +199,17 @@ def _graph(bundle: Bundle, precision: Precision, scratch: Path, report: Report) 
     return path
 
 
-def _engine(
-    order: Order, bundle: Bundle, precision: Precision, report: Report, advance: Advance
-) -> Engine:
-    """Build one, and put its plan where the record will name it."""
+def _engine(order: Order, precision: Precision, report: Report, advance: Advance) -> Engine:
+    """Build one; its plan stays in the temporary folder, named by its GPU."""
     order = replace(order, timings=cache_file(f"timings-{order.flavour}-{order.sm}"))
     report(f"building for {order.sm} with {order.flavour} in {precision}")
     found = built(order, lambda share: advance(order.sm, 100 * share, 100))
-    sync(order.plan)
     file = hash_file(order.plan)
-    name = f"{order.flavour}-{order.sm}"
-    make_folder(bundle.folder / ENGINES / name)
-    path = bundle.folder / ENGINES / name / f"{file.sha256}.plan"
-    with writing(path):
-        order.plan.replace(path)
-        sync(path.parent)
+    order.plan.rename(order.plan.with_name(f"{order.sm}.plan"))
     report(f"{order.sm}: {file.bytes / 1e6:.0f} MB in {found.seconds:.0f} s")
     limits = layout(order.profiles)
     return Engine(
-        path=path.relative_to(bundle.folder).as_posix(),
+        path=f"{ENGINES}/{order.flavour}-{order.sm}/{file.sha256}.plan",
         bytes=file.bytes,
         sha256=file.sha256,
         flavour=order.flavour,
@@ -239,13 +235,23 @@ def _kept(bundle: Bundle, engines: Sequence[Engine]) -> tuple[Engine, ...]:
 
 
 def _record(bundle: Bundle, engines: Sequence[Engine], scratch: Path) -> None:
-    """Replace the manifest: from here on the new engines are the bundle's."""
+    """Put the plans into their places, then replace the manifest: that is what makes them count."""
+    for engine in engines:
+        path = bundle.folder / engine.path
+        make_folder(path.parent)
+        plan = scratch / f"{engine.sm}.plan"
+        with writing(path):
+            sync(plan)
+            plan.replace(path)
+            sync(path.parent)
     write_manifest(scratch, replace(bundle.manifest, engines=_kept(bundle, engines)))
     with replacing(bundle.folder / MANIFEST) as temporary:
         shutil.copyfile(scratch / MANIFEST, temporary)
 
 
-def _sweep(engines: Path, named: set[str]) -> None:
-    for plan in engines.glob("*/*.plan"):
-        if plan.relative_to(engines.parent).as_posix() not in named:
+def _sweep(folder: Path, named: Sequence[Engine]) -> None:
+    """Remove plans that no record names."""
+    paths = {folder / engine.path for engine in named}
+    for plan in (folder / ENGINES).glob("*/*.plan"):
+        if plan not in paths:
             plan.unlink()

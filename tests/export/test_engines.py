@@ -93,7 +93,7 @@ def test_half_precision_is_made_from_the_bundle_alone(own: Path) -> None:
     check(open_bundle(own))
 
 
-@pytest.mark.parametrize("step", ["_graph", "_engine", "write_manifest", "replacing", "_sweep"])
+@pytest.mark.parametrize("step", ["_graph", "_engine", "_record", "write_manifest", "replacing"])
 def test_an_end_at_any_step_leaves_a_bundle_that_opens(
     step: str, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,10 +107,32 @@ def test_an_end_at_any_step_leaves_a_bundle_that_opens(
         with pytest.raises(InterruptedError):
             add(own, row_tokens=512, batch_tokens=512)
     (engine,) = open_bundle(own).manifest.engines
-    assert (engine == first) == (step != "_sweep")
+    assert engine == first
     assert engine.path in left(own)
     add(own)
     check(open_bundle(own))
+
+
+def test_what_was_left_after_the_record_goes_next_time(own: Path) -> None:
+    add(own)
+    orphan = own / "engines" / "tensorrt_rtx-sm_80" / f"{'0' * 64}.plan"
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"of an export that was killed")
+    add(own, targets=("sm_120",))
+    check(open_bundle(own))
+
+
+def test_a_failure_of_one_target_leaves_none_of_the_others(own: Path) -> None:
+    sizes = {"row_tokens": 256, "batch_tokens": 256}
+
+    def report(step: str) -> None:
+        if "building for sm_120" in step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        add_engines(own, EngineSpec(("sm_89", "sm_120"), "fp32", **sizes), report, lambda *_: None)
+    assert left(own) == []
+    assert open_bundle(own).manifest.engines == ()
 
 
 @contextmanager
