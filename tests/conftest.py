@@ -192,7 +192,7 @@ def adapter(
 
 @pytest.fixture(scope="session")
 def bundle(
-    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., Path]
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., Path], cache_home: Path
 ) -> Callable[..., Path]:
     """`bundle("llama31", recipe="paper-script")`: an exported bundle, made once."""
 
@@ -207,7 +207,9 @@ def bundle(
         spec = ExportSpec(output=str(output), model=model, **settings)
         made = bundle_from_checkpoint(Plan(spec), lambda _step: None)
         if made.manifest.task == "pointwise":
-            load_pointwise(made.folder)  # its first run: tests disturb what comes after it
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("XDG_CACHE_HOME", str(cache_home))
+                load_pointwise(made.folder)  # its first run: tests disturb what comes after it
         return made.folder
 
     return make

@@ -185,7 +185,7 @@ def test_missing_table(tmp_path: Path) -> None:
         ("output.run_per_input", 'folder = "o"\nrun_per_input = 1', "1", "true or false"),
         ("output.folder", "folder = 2026-01-01", "a date or time", "a string"),
         ("execution.row_tokens", 'row_tokens = "512"', "'512'", "a whole number"),
-        ("execution.engine", 'engine = "onnx"', "'onnx'", "auto, onnxruntime, torch"),
+        ("execution.engine", 'engine = "onnx"', "'onnx'", "auto, tensorrt, onnxruntime, torch"),
         ("listwise.window", 'bundle = "l"\nwindow = "20"', "'20'", "a whole number"),
         ("listwise.precision", 'bundle = "l"\nprecision = "fp16"', "'fp16'", "auto, fp32, bf16"),
         (

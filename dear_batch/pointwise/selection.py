@@ -125,6 +125,9 @@ def build_command(bundle: Bundle, machine: Machine, gpu: Gpu) -> str:
 def _fit(here: _Here, engine: Chosen, kind: str, device: str) -> Choice | Obstacle:
     """The engine on that kind of device, or what is in its way."""
     if kind == "cpu":
+        if engine == "onnxruntime" and here.bundle.manifest.precision == "bf16":
+            why = "onnxruntime has no products in bf16 on a CPU"
+            return why, "export the checkpoint again with --precision fp32"
         return on_cpu(here.machine, engine) or Choice(engine, "cpu")
     if device == "cpu":
         return "--device cpu was asked for", "leave out --device cpu"

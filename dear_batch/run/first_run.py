@@ -58,7 +58,9 @@ def check_first_run(
     ends = [*accumulate((len(pairs) for pairs in lists), initial=0)]
     spans = [slice(*both) for both in pairwise(ends)]
     parity = compare([reference_N[span] for span in spans], [found_N[span] for span in spans])
-    gate = FP32 if scorer.precision == "fp32" else GATES[scorer.precision]
+    # Rounded weights stay rounded in an engine that computes in fp32.
+    coarsest = max(scorer.precision, bundle.manifest.precision, key=list(GATES).index)
+    gate = FP32 if coarsest == "fp32" else GATES[coarsest]
     if misses := gate.misses(parity):
         raise _too_far(bundle, choice, machine, facts, misses)
     known[key] = {**facts, "max_abs_difference": parity.max_abs_difference}

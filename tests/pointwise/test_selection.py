@@ -230,6 +230,18 @@ def test_padded_rows_have_no_engine() -> None:
     assert "final position" in choice.passed_over[0].why
 
 
+def test_bf16_graphs_run_on_no_cpu() -> None:
+    bundle = bundle_with()
+    bf16 = replace(bundle, manifest=replace(bundle.manifest, precision="bf16"))
+    choice = choose(bf16, CPU_ONLY)
+    assert (choice.engine, choice.device) == ("torch", "cpu")
+    assert "no products in bf16" in why_not(choice)["onnxruntime", "cpu"]
+    assert choose(bf16, SERVER, fault=nothing_wrong).engine == "onnxruntime"
+    with pytest.raises(ConfigurationError, match="bf16") as caught:
+        choose(bf16, CPU_ONLY, engine="onnxruntime")
+    assert caught.value.valid == "--engine torch --device cpu, which runs here"
+
+
 @pytest.mark.parametrize(
     ("package", "why", "next_step"),
     [

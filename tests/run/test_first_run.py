@@ -163,6 +163,16 @@ def test_precisions_have_gates_of_their_own(loaded: Loaded) -> None:
         checked(loaded, move=0.1 * spread, told=told, machine=replace(elsewhere, cpu="a third"))
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_bundles_of_every_precision_pass(engine: Any, precision: Any, bundle: Make) -> None:
+    folder = bundle("llama31", precision=precision)
+    loaded = load_pointwise(folder, ExecutionSpec(engine=engine))
+    assert loaded.bundle.manifest.precision == precision
+    with pytest.raises(ConfigurationError):
+        checked(loaded, move=10.0, machine=replace(loaded.machine, cpu="another CPU"))
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"schema_version": 1}', '{"schema_version": 1, "agreed": []}']
 )
