@@ -166,10 +166,10 @@ def measure(folder: Path, engine: str, device: str, count: int, shape: str) -> d
     }
 
 
-def reference(folder: Path, shape: str) -> dict[str, Any]:
+def reference(folder: Path, count: int, shape: str) -> dict[str, Any]:
     """What PyTorch computes in fp32 on the CPU."""
     scorer = open_scorer(open_bundle(folder), Choice("torch", "cpu"))
-    pairs = random_pairs(COMPARED, SHAPES[shape][-1])
+    pairs = random_pairs(count, SHAPES[shape][-1])[:COMPARED]
     return {"scores": score_pairs(scorer, pairs).tolist()}
 
 
@@ -272,7 +272,7 @@ def benchmark(options: argparse.Namespace, shape: str, folder: Path) -> list[dic
         common = {"shape": shape, "layers": layers, "weights": precision, "product_tflops": rates}
         made = step("bundle", place, shape, layers, precision)
         if expected is None and "reason" not in made:
-            expected = step("reference", place, shape).get("scores")
+            expected = step("reference", place, options.pairs, shape).get("scores")
         for engine in options.engines:
             if engine == "torch" and precision != options.precisions[0]:
                 continue  # it computes in bf16 whatever is stored
