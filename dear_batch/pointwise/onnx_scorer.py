@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, NotImplemented, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByOrt
 
 from dear_batch.errors import ConfigurationError
 from dear_batch.pointwise.recipe import Recipe
@@ -189,7 +190,7 @@ def _session(
     try:
         with _memory_errors():
             return ort.InferenceSession(graph, options, providers=providers)
-    except NotImplemented as error:  # no products in bf16 on a CPU
+    except NotImplementedByOrt as error:  # no products in bf16 on a CPU
         raise ConfigurationError(
             f"ONNX Runtime cannot compute {graph} in its precision here.",
             where=str(error).splitlines()[0],
