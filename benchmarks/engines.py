@@ -166,10 +166,10 @@ def measure(folder: Path, engine: str, device: str, count: int, shape: str) -> d
     }
 
 
-def reference(folder: Path, shape: str) -> dict[str, Any]:
+def reference(folder: Path, count: int, shape: str) -> dict[str, Any]:
     """What PyTorch computes in fp32 on the CPU."""
     scorer = open_scorer(open_bundle(folder), Choice("torch", "cpu"))
-    pairs = random_pairs(COMPARED, SHAPES[shape][-1])
+    pairs = random_pairs(count, SHAPES[shape][-1])[:COMPARED]
     return {"scores": score_pairs(scorer, pairs).tolist()}
 
 
@@ -196,7 +196,7 @@ def product_rate(shape: str, device: str) -> dict[str, Any]:
             if kind == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-        rates[name] = round(2 * rows * hidden * intermediate * count / seconds / 1e12, 3)
+        rates[name] = digits(2 * rows * hidden * intermediate * count / seconds / 1e12)
     return rates
 
 
@@ -213,7 +213,7 @@ def step(name: str, *arguments: Any) -> dict[str, Any]:
     """Run a step in a process of its own, which gives back all memory; its result or a reason."""
     text = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
     command = [sys.executable, __file__, "--step", text]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(command, check=False, capture_output=True)
     lines = done.stdout.decode().strip().splitlines()
     if done.returncode == 0 and lines:
         found: dict[str, Any] = json.loads(lines[-1])
@@ -272,7 +272,7 @@ def benchmark(options: argparse.Namespace, shape: str, folder: Path) -> list[dic
         common = {"shape": shape, "layers": layers, "weights": precision, "product_tflops": rates}
         made = step("bundle", place, shape, layers, precision)
         if expected is None and "reason" not in made:
-            expected = step("reference", place, shape).get("scores")
+            expected = step("reference", place, options.pairs, shape).get("scores")
         for engine in options.engines:
             if engine == "torch" and precision != options.precisions[0]:
                 continue  # it computes in bf16 whatever is stored
@@ -300,12 +300,17 @@ def judged(
     difference = None
     if expected is not None:
         parity = compare([np.float32(expected)], [np.float32(found["scores"])])
-        difference = float(f"{parity.relative_difference:.3g}")
+        difference = digits(parity.relative_difference)
     return {
-        "share_of_product_rate": None if best is None else round(flops / best / 1e12, 4),
+        "share_of_product_rate": None if best is None else digits(flops / best / 1e12),
         "difference_over_spread": difference,
         "goal_real_tokens_per_s": GOALS.get(found["shape"]),
     }
+
+
+def digits(number: float) -> float:
+    """The first four digits."""
+    return float(f"{number:.4g}")
 
 
 def versions() -> dict[str, str]:

@@ -129,9 +129,9 @@ def _tensorrt(machine: Machine, gpu: Gpu, fault: Callable[[str], str]) -> obstac
 
 
 def _builds(machine: Machine) -> Iterator[Fields]:
-    """What GPUs each TensorRT can build engines for here: its own, or any of a list."""
+    """What GPUs each TensorRT can build engines for here: CUDA's first one, or any of a list."""
     installed = {package.name for package in machine.tensorrt}
-    own = tuple(dict.fromkeys(gpu.sm for gpu in machine.driver.gpus))
+    own = tuple(gpu.sm for gpu in machine.driver.gpus[:1])
     for name, targets in (("tensorrt", own), ("tensorrt_rtx", obstacles.RTX_TARGETS)):
         found = targets if name in installed else ()
         yield {"flavour": name, "targets": found, "next": "" if found else INSTALL[name]}

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dear_batch.machine import Machine, Package
+from dear_batch.machine import FLAVOURS, Machine, Package
 from dear_batch.show import GB, passed_over
 
 
@@ -64,9 +64,9 @@ def _packages(machine: Machine) -> Iterator[tuple[str, str]]:
 def _package(package: Package | None) -> str:
     if package is None:
         return "not installed"
-    build = f"for CUDA {package.cuda}" if package.cuda else "for CPUs"
-    fault = f"; {package.fault}" if package.fault else ""
-    return f"{package.version}, {build}{fault}"
+    other = "" if package.name in FLAVOURS else ", for CPUs"  # a system's TensorRT does not say
+    build = f", for CUDA {package.cuda}" if package.cuda else other
+    return f"{package.version}{build}" + (f"; {package.fault}" if package.fault else "")
 
 
 def _engines(engines: list[Mapping[str, Any]]) -> Table:

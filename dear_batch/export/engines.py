@@ -174,17 +174,29 @@ def _profiles(bundle: Bundle, wanted: EngineSpec, report: Report) -> tuple[Profi
 
 
 def _graph(bundle: Bundle, precision: Precision, scratch: Path, report: Report) -> Path:
-    """The packed graph in that precision; the bundle's own where it is in it."""
+    """The packed graph in that precision, seen to score as PyTorch; the bundle's own if it fits.
+
+    Raises:
+        ConfigurationError: it is beyond the gate of its precision.
+    """
     if precision == bundle.manifest.precision:
         return bundle.file(PACKED)
     try:
+        from dear_batch.export.gate import check_packed
         from dear_batch.export.graphs import packed_graph
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "export", "Building engines") from error
     report(f"writing the packed graph in {precision}")
     graph = scratch / "graph"
     graph.mkdir()
-    return packed_graph(bundle, precision, graph)
+    path = packed_graph(bundle, precision, graph)
+    report("scoring the package's own pairs with it")
+    parity = check_packed(bundle, path, precision)
+    report(
+        f"{precision}: max |Δscore| {parity.relative_difference:.2g} of the spread, "
+        f"Kendall τ {parity.kendall_tau:.4f}"
+    )
+    return path
 
 
 def _engine(order: Order, precision: Precision, report: Report, advance: Advance) -> Engine:

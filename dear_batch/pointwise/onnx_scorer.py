@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImplementedByOrt
 
 from dear_batch.errors import ConfigurationError
 from dear_batch.pointwise.recipe import Recipe
@@ -146,7 +147,7 @@ def open_session(graph: Path, device: str) -> ort.InferenceSession:
     """An inference session on `cpu` or `cuda:N`.
 
     Raises:
-        ConfigurationError: ONNX Runtime could not use CUDA.
+        ConfigurationError: ONNX Runtime could not use CUDA, or has no products in bf16 there.
         MemoryError: there is not enough for the graph's weights.
     """
     options = ort.SessionOptions()
@@ -186,8 +187,15 @@ def cuda_options(device: str) -> dict[str, str | int]:
 def _session(
     graph: Path, options: ort.SessionOptions, providers: list[Any]
 ) -> ort.InferenceSession:
-    with _memory_errors():
-        return ort.InferenceSession(graph, options, providers=providers)
+    try:
+        with _memory_errors():
+            return ort.InferenceSession(graph, options, providers=providers)
+    except NotImplementedByOrt as error:  # no products in bf16 on a CPU
+        raise ConfigurationError(
+            f"ONNX Runtime cannot compute {graph} in its precision here.",
+            where=str(error).splitlines()[0],
+            valid="a GPU, --engine torch, or a bundle exported with --precision fp32 or fp16",
+        ) from error
 
 
 def _kind(device: str) -> Literal["cpu", "cuda"]:

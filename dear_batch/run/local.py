@@ -130,17 +130,15 @@ class Job:
         if self.stage == "listwise":
             self.ledger.drop(listwise.STAGE)
             return
-        self._check_engine()
+        self._check_engine(verify=True)
         if self.spec.listwise and self.stage == "all":
             listwise.prepare(self.spec.listwise, execution.device, paranoid=execution.paranoid)
         clear(folder, outcome.published_by(folder))
 
-    def _check_engine(self) -> None:
-        """Find out early whether what is asked for can run here."""
-        execution = self.spec.execution
-        bundle = open_bundle(
-            self.spec.pointwise.bundle, task="pointwise", paranoid=execution.paranoid
-        )
+    def _check_engine(self, *, verify: bool) -> None:
+        """Find out early whether what is asked for can run here; `verify` hashes the bundle."""
+        folder, execution = self.spec.pointwise.bundle, self.spec.execution
+        bundle = open_bundle(folder, "pointwise", verify=verify, paranoid=execution.paranoid)
         choose(bundle, machine(), execution.engine, execution.device)
 
     def _begin(self, phase: str) -> None:
@@ -177,7 +175,7 @@ class Job:
             fields = fitting_plan(folder, wanted, self.stage)
             if fields is None:
                 if self.stage != "listwise":
-                    self._check_engine()
+                    self._check_engine(verify=False)
                 plan, fields = new_plan(self.spec, wanted, self.ledger, self.watch)
         commits = self._kept(fields)
         if self.stage != "listwise":

@@ -57,6 +57,22 @@ def test_cuda_without_a_gpu_is_one_clear_error(tmp_path: Path) -> None:
         open_session(tmp_path / "g.onnx", "cuda:0")
 
 
+def test_a_graph_in_bf16_is_no_matter_for_a_cpu(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info
+    inputs = [value(name, TensorProto.BFLOAT16, [2, 2]) for name in "ab"]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["a", "b"], ["y"])],
+        "g",
+        inputs,
+        [value("y", TensorProto.BFLOAT16, [2, 2])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ConfigurationError, match="in its precision here") as caught:
+        open_session(tmp_path / "g.onnx", "cpu")
+    assert "--engine torch" in caught.value.valid
+
+
 def expanding(path: Path) -> Path:
     """A graph that repeats a number as often as it is asked to."""
     value = helper.make_tensor_value_info

@@ -944,8 +944,11 @@ def test_a_job_goes_on_with_the_engine_that_began_it(
     spec = job(bundle("llama31"), tmp_path / "out", path)
     torch = replace(spec, execution=ExecutionSpec(engine="torch", device="cpu"))
     with small_shards():
-        with pytest.raises(StoppedError):
-            run_job(torch, Recorder(1))
+        with (
+            scorer_wrapped(lambda inner: FailingAfter(inner, tmp_path / "out", 1)),
+            pytest.raises(RuntimeError, match="the device is gone"),
+        ):
+            run_job(torch)
         plan = states(tmp_path / "out")["plan.json"]
         with pytest.raises(ConfigurationError, match="begun with torch on cpu") as caught:
             run_job(spec)
