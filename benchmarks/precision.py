@@ -1,9 +1,9 @@
 """What fp16 and bf16 graphs cost in accuracy, on real collections, beside fp32.
 
-Scores the first 30 candidates of each list of RankGPT files with the packed graph of a bundle in each precision, on the CPU through ONNX
-Runtime (bf16 by a graph of fp32 values rounded to bf16, since it has no such products), and
-compares: score error over the spread, Kendall's tau, top-10 overlap, nDCG@10. These figures
-decided `dear_batch.parity.GATES`. The last line is JSON.
+Scores the first 30 candidates of each list of RankGPT files with the packed graph of a bundle in
+each precision, on the CPU through ONNX Runtime (bf16 by a graph of fp32 values rounded to bf16,
+since it has no such products), and compares: score error over the spread, Kendall's tau, top-10
+overlap, nDCG@10. These figures decided `dear_batch.parity.GATES`. The last line is JSON.
 
     python benchmarks/precision.py BUNDLE CANDIDATES.json QRELS [CANDIDATES.json QRELS …]
 """
