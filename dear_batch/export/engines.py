@@ -67,7 +67,8 @@ def add_engines(
     check_buildable(str(folder), found.manifest.task, found.recipe.pooling)
     flavour, kinds = planned(wanted)
     with _locked(folder / ENGINES):
-        bundle, precision = open_bundle(folder), wanted.engine_precision
+        bundle = open_bundle(folder)
+        precision = wanted.precision_for(bundle.manifest.precision)
         _sweep(folder, bundle.manifest.engines)
         _check_space(bundle, precision, len(kinds))
         profiles = _profiles(bundle, wanted, report)
