@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from dear_batch.bundle import (
     write_manifest,
 )
 from dear_batch.errors import ConfigurationError, TrustError
+from dear_batch.files.durable import replacing
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
 
@@ -284,6 +286,89 @@ def test_what_no_record_names_below_engines_is_never_loaded_and_no_harm(folder: 
     (folder / "engines/tensorrt-sm_90").mkdir(parents=True)
     (folder / "engines/tensorrt-sm_90/left.plan").write_bytes(b"x")
     open_bundle(folder)
+
+
+def add_engine(folder: Path) -> None:
+    """As an export does: the folder first, the plan later, the manifest replaced last."""
+    manifest = open_bundle(folder).manifest
+    with_engine(folder)
+    with replacing(folder / "bundle.json") as temporary:
+        shutil.copyfile(folder / "bundle.json", temporary)
+    assert len(open_bundle(folder).manifest.engines) == len(manifest.engines) + 1
+
+
+def test_an_engine_is_added_to_a_bundle_in_use(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    (folder / "engines").mkdir()
+    bundle.check_unchanged()  # the build may take an hour from here
+    (folder / "engines").rmdir()
+    add_engine(folder)
+    assert (folder / "bundle.json").stat().st_ino != bundle.opened["bundle.json"].inode
+    bundle.check_unchanged()
+    assert open_bundle(folder).sha256 == bundle.sha256
+
+
+def other_model(folder: Path) -> None:
+    edited(folder, lambda fields: fields.update(created="2026-02-02T00:00:00+00:00"))
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "bundle.json").write_text("{")
+
+
+def code_beside(folder: Path) -> None:
+    (folder / "modeling.py").touch()
+
+
+def file_touched(folder: Path) -> None:
+    os.utime(folder / "tokenizer.json", ns=(0, 0))
+
+
+def linked_engines(folder: Path) -> None:
+    (folder / "engines").rename(folder.parent / "elsewhere")
+    (folder / "engines").symlink_to(folder.parent / "elsewhere")
+
+
+def weights_beside(folder: Path) -> None:
+    (folder / "onnx" / "weights.bin").touch()
+
+
+def copied_whole(folder: Path) -> None:
+    """Only the folder is another one: its files are the very same."""
+    folder.rename(folder.parent / "old")
+    folder.mkdir()
+    for entry in (folder.parent / "old").iterdir():
+        entry.rename(folder / entry.name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_model,
+        no_manifest,
+        code_beside,
+        file_touched,
+        linked_engines,
+        weights_beside,
+        copied_whole,
+    ],
+)
+def test_what_comes_with_an_engine_is_refused(change: Callable[[Path], None], folder: Path) -> None:
+    bundle = open_bundle(folder)
+    add_engine(folder)
+    bundle.check_unchanged()
+    time.sleep(0.02)  # a tick of the file system's clock
+    change(folder)
+    with pytest.raises(TrustError, match="changed while it was being loaded"):
+        bundle.check_unchanged()
+
+
+def test_a_listwise_bundle_in_use_gets_no_engines(folder: Path) -> None:
+    edited(folder, lambda fields: fields.update(task="listwise", recipe=None))
+    bundle = open_bundle(folder)
+    (folder / "engines").mkdir()
+    with pytest.raises(TrustError, match="changed while it was being loaded"):
+        bundle.check_unchanged()
 
 
 @pytest.mark.parametrize("how", ["flipped", "longer", "gone", "linked", "hard link"])
