@@ -138,6 +138,17 @@ def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
         built(order(tmp_path / "x.onnx", tmp_path), lambda _share: None)
 
 
+def test_the_process_imports_nothing_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "json.py").write_text("import os; os._exit(7)")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigurationError, match="does not take the graph"):
+        built(order(tmp_path / "x.onnx", tmp_path), lambda _share: None)
+
+
 def test_the_process_builds_the_same(packed: Make, tmp_path: Path) -> None:
     shares: list[float] = []
     found = built(order(packed("llama31"), tmp_path, level=1), shares.append)
