@@ -153,13 +153,15 @@ class Manifest:
 class Bundle:
     """An opened bundle. `opened` is what its files and folders were when they were checked.
 
-    `sha256` is that of the manifest without its engines: it says what model this is.
+    `sha256` is that of the manifest without its engines: it says what model this is. `paranoid`
+    hashes engines, too, however lately they were hashed.
     """
 
     folder: Path
     manifest: Manifest
     sha256: str
     opened: Mapping[str, FileState] = field(default_factory=dict)
+    paranoid: bool = False
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists.
@@ -231,7 +233,7 @@ class Bundle:
         with (
             unreadable(self.folder, engine.path),
             opened_folder(self.folder) as top,
-            checked_plan(self.folder, top, engine) as data,
+            checked_plan(self.folder, top, engine, Hashes.load(paranoid=self.paranoid)) as data,
         ):
             yield data
 
@@ -315,7 +317,7 @@ def open_bundle(
         if verify:
             opened |= check_nothing_else(folder, top, {MANIFEST, *manifest.files})
             opened |= check_files(folder, top, manifest.files, Hashes.load(paranoid=paranoid))
-    return Bundle(folder, manifest, _identity(manifest), opened)
+    return Bundle(folder, manifest, _identity(manifest), opened, paranoid)
 
 
 def _identity(manifest: Manifest) -> str:

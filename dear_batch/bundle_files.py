@@ -82,7 +82,7 @@ def check_files(
 
 
 @contextmanager
-def checked_plan(folder: Path, top: int, engine: "Engine") -> Iterator[mmap.mmap]:
+def checked_plan(folder: Path, top: int, engine: "Engine", hashes: Hashes) -> Iterator[mmap.mmap]:
     """An engine's bytes, hashed on the descriptor that they are read through.
 
     Raises:
@@ -91,7 +91,6 @@ def checked_plan(folder: Path, top: int, engine: "Engine") -> Iterator[mmap.mmap
     again = (
         f"dear-batch export {shlex.quote(str(folder))} --engine tensorrt --target {engine.sm}; or "
     )
-    hashes = Hashes.load()
     with regular(folder, top, engine.path, again) as (file, state):
         if state.bytes != engine.bytes:
             raise changed(folder, engine.path, f"{state.bytes} bytes, not {engine.bytes}", again)

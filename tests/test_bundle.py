@@ -1,5 +1,6 @@
 """A bundle is trusted file by file. The bundle here is made by hand: no model is needed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dear_batch import verified
 from dear_batch.bundle import (
     MAX_MANIFEST_BYTES,
     Engine,
@@ -26,6 +28,7 @@ from dear_batch.errors import ConfigurationError, TrustError
 from dear_batch.files.durable import replacing
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
+from dear_batch.verified import FileState
 
 RECIPE = Recipe("readme", "last-token", (1,), (1,), (), 2)
 GRAPH = b"\x08\x08"  # a ModelProto of nothing but its ir_version
@@ -279,6 +282,27 @@ def test_an_engine_changes_nothing_of_what_a_bundle_is(folder: Path) -> None:
     assert (bundle.sha256, bundle.manifest.engines) == (before, (engine,))
     with bundle.plan(engine) as data:
         assert data[:] == PLAN
+
+
+@pytest.mark.parametrize("paranoid", [False, True])
+def test_a_plan_that_is_remembered_is_hashed_again_by_the_paranoid(
+    paranoid: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verified, "SETTLED_NS", -(10**12))  # as if it had lain there for long
+    engine = with_engine(folder)
+    with open_bundle(folder).plan(engine):
+        pass
+    before = FileState.of((folder / engine.path).stat())
+    with monkeypatch.context() as patch:  # a disk that changed a byte behind the file system
+        (folder / engine.path).write_bytes(PLAN[::-1])
+        patch.setattr(FileState, "of", lambda _found: before)
+        bundle = open_bundle(folder, verify=False, paranoid=paranoid)
+        with contextlib.ExitStack() as stack:
+            if paranoid:
+                stack.enter_context(pytest.raises(TrustError, match="its sha256 differs"))
+            with bundle.plan(engine) as data:
+                assert data[:] == PLAN[::-1]
 
 
 def test_what_no_record_names_below_engines_is_never_loaded_and_no_harm(folder: Path) -> None:
