@@ -26,6 +26,7 @@ from dear_batch.bundle import (
 )
 from dear_batch.errors import ConfigurationError, TrustError
 from dear_batch.files.durable import replacing
+from dear_batch.pointwise.own_pairs import N_OWN_PAIRS
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
 from dear_batch.verified import FileState
@@ -51,6 +52,7 @@ def folder(tmp_path: Path) -> Path:
         parity=None,
         versions={},
         created="2026-01-01T00:00:00+00:00",
+        own_scores=(0.0,) * N_OWN_PAIRS,
         files=hash_folder(folder),
     )
     write_manifest(folder, manifest)
