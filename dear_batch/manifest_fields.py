@@ -17,6 +17,9 @@ from dear_batch.trust import why_no_name
 REVISION = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SM = re.compile(r"sm_\d{2,3}")
+# Both are part of commands that people are told to run.
+VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,5}(\.?(a|b|rc|post|dev)[0-9]{1,9}){0,2}")
+PLATFORM = re.compile(r"[a-z0-9]{1,20}-[A-Za-z0-9_]{1,20}")
 PLAN = re.compile(r"engines/[a-z0-9_-]+/[0-9a-f]{64}\.plan")
 MAX_ID = 2**31 - 1  # token ids are int32
 MAX_SCORE = 3e38  # of fp32; NaN is less than nothing
@@ -193,9 +196,9 @@ _ENGINE = _record(
     bytes=_bytes,
     sha256=_sha256,
     flavour=_one_of("tensorrt", "tensorrt_rtx"),
-    version=_text,
+    version=_kind("version", lambda v: isinstance(v, str) and bool(VERSION.fullmatch(v))),
     sm=_kind("SM", lambda v: isinstance(v, str) and bool(SM.fullmatch(v))),
-    platform=_text,
+    platform=_kind("platform", lambda v: isinstance(v, str) and bool(PLATFORM.fullmatch(v))),
     precision=_one_of("fp32", "fp16", "bf16"),
     row_tokens=_positive,
     batch_tokens=_positive,

@@ -90,6 +90,13 @@ def spans(**rows: int) -> dict[str, Any]:
         ("path", f"engines/a/b/{'0' * 64}.plan", ".path is no path"),
         ("path", f"engines/a/{'0' * 64}.plan\n", ".path is no path"),
         ("sm", "sm_8.9", ".sm is no SM: 'sm_8.9'"),
+        ("version", "1.7.1; rm -rf ~", ".version is no version: '1.7.1; rm -rf ~'"),
+        ("version", "1.7.1\n", ".version is no version"),
+        ("version", "", ".version is no version"),
+        ("version", "latest", ".version is no version"),
+        ("version", 10, ".version is no version"),
+        ("platform", "linux", ".platform is no platform"),
+        ("platform", "linux-x86_64 && id", ".platform is no platform"),
         ("flavour", "tensorrt_lite", ".flavour is no 'tensorrt' or 'tensorrt_rtx'"),
         ("row_tokens", 0, ".row_tokens is no whole number of 1 to"),
         ("profiles", [{"rows": {}}], ".profiles[0] has no documents"),
@@ -105,6 +112,23 @@ def test_an_engine_of_a_wrong_form(field: str, value: object, why: str) -> None:
     fields = copy.deepcopy(GOOD)
     fields["engines"][0][field] = value
     assert str(misfit(fields)).startswith(f".engines[0]{why}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", "10.13.2.6"),
+        ("version", "10.14.1.48.post1"),
+        ("version", "9.3.0.post12.dev1"),
+        ("version", "10.0.0b6"),
+        ("platform", "linux-aarch64"),
+        ("platform", "win32-AMD64"),
+    ],
+)
+def test_versions_and_platforms_as_there_are(field: str, value: str) -> None:
+    fields = copy.deepcopy(GOOD)
+    fields["engines"][0][field] = value
+    assert misfit(fields) is None
 
 
 def test_what_was_written_is_read() -> None:
