@@ -419,8 +419,9 @@ def test_a_changed_engine_is_refused_with_the_rebuild_command(
         bundle.plan(engine),
     ):
         pytest.fail("its bytes were handed out")
-    assert f"dear-batch export {folder} --engine tensorrt --target sm_89" in str(
-        error.value.next_step
+    assert error.value.next_step.startswith(
+        f"dear-batch export {folder} --engine tensorrt --target sm_89 --flavour tensorrt_rtx "
+        "--precision fp16 --row-tokens 512 --batch-tokens 1024; or "
     )
 
 
