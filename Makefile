@@ -27,7 +27,7 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not model and not process and not slow and not gpu"
+	$(BIN)/pytest -q --ignore tests/fuzz -m "not model and not process and not slow and not gpu"
 
 # All but the long tests: under 12 minutes on two cores
 test: setup

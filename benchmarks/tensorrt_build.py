@@ -185,6 +185,7 @@ def main() -> None:
     fields = {
         "tensorrt_rtx": tensorrt_rtx.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU needed",
+        "load_average": os.getloadavg()[1],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "profiles": [asdict(profile) for profile in lay_out()],

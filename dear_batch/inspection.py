@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dear_batch.bundle import MANIFEST, open_bundle
+from dear_batch.bundle import MANIFEST, Engine, open_bundle
 from dear_batch.errors import InputError
 from dear_batch.files.pages import open_parquet
 from dear_batch.files.parquet import RowReader, open_input
@@ -57,7 +57,7 @@ def _bundle(path: Path) -> RenderableType:
         "architecture": ", ".join(f"{k} {v}" for k, v in manifest.architecture.items()),
         "precision": manifest.precision,
         "recipe": f"{recipe.name}, {recipe.pooling}, {recipe.max_length} tokens" if recipe else "",
-        "engines": "\n".join(map(str, manifest.engines)) or "none",
+        "engines": "\n".join(map(_engine, manifest.engines)) or "none",
         "size": f"{sum(f.bytes for f in manifest.files.values()) / 1e9:.2f} GB, "
         f"{len(manifest.files)} files",
         "created": manifest.created,
@@ -69,6 +69,11 @@ def _bundle(path: Path) -> RenderableType:
 
 def _at(name: str | None, revision: str | None) -> str:
     return f"{name} @ {revision}" if revision else f"{name} (local folder)"
+
+
+def _engine(engine: Engine) -> str:
+    limits = f"rows of {engine.row_tokens}, batches of {engine.batch_tokens} tokens"
+    return f"{engine}: {limits}, {engine.bytes / 1e9:.2f} GB"
 
 
 def _parity(parity: Any) -> RenderableType:

@@ -111,10 +111,13 @@ class EngineSpec:
         if self.level is not None and self.level not in range(6):
             _refuse("level", self.level, "a whole number from 0 to 5")
 
-    @property
-    def engine_precision(self) -> Literal["fp32", "fp16", "bf16"]:
-        """What the engines compute in."""
-        return "fp16" if self.precision == "auto" else self.precision
+    def precision_for(
+        self, graphs: Literal["fp32", "fp16", "bf16"]
+    ) -> Literal["fp32", "fp16", "bf16"]:
+        """What the engines of a bundle compute in: auto is 16 bits, its own where it has any."""
+        if self.precision != "auto":
+            return self.precision
+        return "fp16" if graphs == "fp32" else graphs
 
 
 @dataclass(frozen=True, slots=True)

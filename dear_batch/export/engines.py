@@ -76,7 +76,8 @@ def add_engines(
     check_buildable(str(folder), found.manifest.task, found.recipe.pooling)
     flavour, kinds = planned(wanted)
     with _locked(folder / ENGINES):
-        bundle, precision = open_bundle(folder), wanted.engine_precision
+        bundle = open_bundle(folder)
+        precision = wanted.precision_for(bundle.manifest.precision)
         _sweep(folder, bundle.manifest.engines)
         for sm in kinds:
             refuse_other(folder / _place(flavour, sm))  # before the hour that a build may take

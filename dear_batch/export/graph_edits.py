@@ -172,32 +172,33 @@ def standard_from_packed(model: ir.Model) -> ir.Model:
     return model
 
 
-def emulated_bf16(model: ir.Model) -> ir.Model:
-    """The same graph in fp32 values that were rounded to bf16, for runtimes without bf16 products.
+def emulated(model: ir.Model, half: ir.DataType) -> ir.Model:
+    """The same graph in fp32 values that were rounded to a 16-bit type, infinity included.
 
-    A product in bf16 is one in fp32, rounded: engines accumulate in fp32. The graph is changed.
+    For runtimes without products in that type, and for those that leave the rounding out: ONNX
+    Runtime on a CPU multiplies fp16 values in fp32 and never overflows. A product in 16 bits is
+    one in fp32, rounded: GPUs accumulate in fp32. The graph is changed.
     """
     graph = model.graph
-    half, single = ir.DataType.BFLOAT16, ir.DataType.FLOAT
     narrow = [v for v in graph.initializers.values() if v.dtype == half]
     for node in list(graph):
         narrow += [v for v in node.outputs if v.dtype == half and node.op_type in ROUNDING]
         for value in node.outputs:
             if value.dtype == half and node.op_type != "Cast":
-                value.dtype = single
+                value.dtype = ir.DataType.FLOAT
     for value in narrow:
-        _rounded(graph, value)
+        _rounded(graph, value, half)
     return model
 
 
-ROUNDING = ("Cast", "MatMul")  # of the operations that our bf16 graphs have in bf16
+ROUNDING = ("Cast", "MatMul")  # of the operations that our graphs have in 16 bits
 
 
-def _rounded(graph: ir.Graph, value: ir.Value) -> None:
-    """Give all users of a value its bf16 rounding, as fp32."""
+def _rounded(graph: ir.Graph, value: ir.Value, half: ir.DataType) -> None:
+    """Give all users of a value its rounding, as fp32."""
     uses, producer, steps = list(value.uses()), value.producer(), []
     found = value
-    for dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT):
+    for dtype in (half, ir.DataType.FLOAT):
         cast = ir.node("Cast", [found], {"to": dtype.value}, name=f"{value.name}_{dtype.name}")
         found = cast.outputs[0]
         found.name, found.dtype, found.shape = f"{cast.name}_value", dtype, value.shape

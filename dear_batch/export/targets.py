@@ -60,11 +60,14 @@ def _none(
             "This machine has no GPU, so the kinds of GPU to build for must be named.",
             where="targets",
             valid=", ".join(ahead),
-            next_step=f"--target {ahead[-1]}; nvidia-smi --query-gpu=compute_cap --format=csv "
+            next_step="--target sm_XX; nvidia-smi --query-gpu=compute_cap --format=csv "
             "tells on the GPU's machine (8.9 is sm_89)",
         )
+    known = {*ahead, *(gpus[:1] if "tensorrt" in usable else ())}
+    beyond = [sm for sm in asked or gpus[:1] if sm not in known] or [*asked, *gpus][:1]
     return ConfigurationError(
-        f"{' and '.join(usable)} cannot build for {', '.join(asked or gpus) or 'no GPU'} here.",
+        f"{' and '.join(usable)} cannot build for {', '.join(beyond) or 'no GPU'} here.",
         valid=", ".join(dict.fromkeys([*gpus[:1], *ahead])) or "a machine with a GPU",
-        next_step=INSTALL,
+        next_step="on a machine that has such a GPU: pip install 'dear-batch[tensorrt]', then the "
+        "same command without --target",
     )

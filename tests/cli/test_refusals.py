@@ -31,6 +31,7 @@ from tests.cli.commands import (
 )
 from tests.run.folders import Folder
 
+pytestmark = pytest.mark.process
 NO_GPU = not Path("/proc/driver/nvidia").exists() and not Path("/dev/nvidia0").exists()
 
 

@@ -4,11 +4,13 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,7 @@ from dear_batch.export.bundle_from_checkpoint import Plan, bundle_from_checkpoin
 from dear_batch.export.gate import check_packed, runnable
 from dear_batch.export.graphs import packed_graph
 from dear_batch.export.typed import MARGIN, recorded_peaks, scales
-from dear_batch.parity import GATES, compare
+from dear_batch.parity import GATES
 from dear_batch.pointwise.onnx_scorer import PackedOnnxScorer
 from dear_batch.pointwise.own_pairs import own_pairs
 from dear_batch.pointwise.recipe import PairEncoder
@@ -70,16 +72,7 @@ def test_products_are_narrow_and_all_else_is_not(precision: str, bundle: Make) -
         if node.op_type == "MatMul":
             name = "head" if any("score.weight" in name for name in node.input) else "product"
             found.setdefault(name, set()).add(kind)
-        elif node.op_type in {
-            "Softmax",
-            "ReduceMean",
-            "Pow",
-            "Sqrt",
-            "Cos",
-            "Sin",
-            "Add",
-            "Sigmoid",
-        }:
+        elif node.op_type in WIDE:
             found.setdefault(node.op_type, set()).add(kind)
     single = {onnx.TensorProto.FLOAT}
     assert found.pop("product") == {HALF[precision]}
@@ -162,13 +155,19 @@ def test_massive_activations_pass_where_a_naive_cast_gives_nan(
     """The residual stream goes beyond what fp16 holds (trap 5)."""
     folder = edited(checkpoint("llama31"), tmp_path / "planted", plant)
     spec = ExportSpec(output=str(tmp_path / "bundle"), model=str(folder), precision="fp16")
-    bundle = bundle_from_checkpoint(Plan(spec), lambda _step: None)
+    bundle = open_bundle(bundle_from_checkpoint(Plan(spec), lambda _step: None).folder)
     assert bundle.manifest.peaks is not None
     assert max(bundle.manifest.peaks) > FP16_MOST
-    scores = own_scores(bundle, bundle.file("onnx/packed.onnx"))
     assert float(np.std(bundle.manifest.own_scores)) > 0.1
-    parity = compare([np.array(bundle.manifest.own_scores, np.float32)], [scores])
-    assert GATES["fp16"].misses(parity) is None
+
+    peaks = (0.0,) * len(bundle.manifest.peaks)
+    unscaled = replace(bundle, manifest=replace(bundle.manifest, peaks=peaks))
+    (tmp_path / "unscaled").mkdir()
+    graph = packed_graph(unscaled, "fp16", tmp_path / "unscaled")
+    with pytest.raises(ConfigurationError, match="does not score as PyTorch does"):
+        check_packed(bundle, graph, "fp16")
+    (tmp_path / "scaled").mkdir()
+    check_packed(bundle, packed_graph(bundle, "fp16", tmp_path / "scaled"), "fp16")
 
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.arange(1, 40)[None]
@@ -217,16 +216,49 @@ def test_scales_are_powers_of_two_that_leave_the_margin() -> None:
     assert scales([1e9], "bf16") == scales([1e9], "fp32") == {}
 
 
-def test_the_emulated_bf16_graph_rounds_as_torch_does(bundle: Make) -> None:
-    """One product of it, beside torch's own bf16 product."""
-    path = bundle("llama31", precision="bf16") / "onnx/packed.onnx"
-    with runnable(path, "bf16") as emulated:
-        kinds = {kind for node, kind in typed_nodes(emulated) if node.op_type == "MatMul"}
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_emulated_graph_rounds_as_torch_does(
+    precision: Any, bundle: Make, tmp_path: Path
+) -> None:
+    """The first product of the graph, its inputs read from it, beside torch's own."""
+    path = bundle("llama31", precision=precision) / "onnx/packed.onnx"
+    with runnable(path, precision) as emulated:
         model = onnx.load(emulated)
-    assert kinds == {onnx.TensorProto.FLOAT}
-    product = next(node for node in model.graph.node if node.op_type == "MatMul")
-    (user,) = [node for node in model.graph.node if product.output[0] in node.input]
-    assert (user.op_type, user.attribute[0].i) == ("Cast", onnx.TensorProto.BFLOAT16)
+    graph = model.graph
+    product = next(node for node in graph.node if node.op_type == "MatMul")
+    kinds = {v.name: v.type.tensor_type.elem_type for v in graph.value_info}
+    assert kinds[product.output[0]] == onnx.TensorProto.FLOAT
+    (user,) = [node for node in graph.node if product.output[0] in node.input]
+    (wide,) = [node for node in graph.node if user.output[0] in node.input]
+    shown = [*product.input, wide.output[0]]
+    del graph.output[:]
+    for name in shown:
+        graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "shown.onnx")
+    ids = np.arange(3, 43, dtype=np.int32)[None]
+    zeros = np.zeros_like(ids)
+    feeds = dict(zip(("positions", "groups", "segments"), (zeros,) * 3, strict=True))
+    session = onnxruntime.InferenceSession(tmp_path / "shown.onnx")
+    pooled = np.zeros(1, np.int32)
+    left, right, found = session.run(shown, {"tokens": ids, "pooled": pooled, **feeds})
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    narrow = [torch.from_numpy(array).to(dtype) for array in (left, right)]
+    for array, tensor in zip((left, right), narrow, strict=True):
+        np.testing.assert_array_equal(array, tensor.float().numpy())
+    exact = narrow[0].float() @ narrow[1].float()
+    np.testing.assert_array_equal(found, exact.to(dtype).float().numpy())
+
+
+def test_a_product_that_overflows_fp16_is_seen(checkpoint: Make, tmp_path: Path) -> None:
+    """No scale guards the up-projection; ONNX Runtime's own fp16 would hide it (trap 5)."""
+
+    def too_large(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.mlp.up_proj.weight"][3] *= 60_000
+
+    folder = edited(checkpoint("llama31"), tmp_path / "edited", too_large)
+    spec = ExportSpec(output=str(tmp_path / "bundle"), model=str(folder), precision="fp16")
+    with pytest.raises(ConfigurationError, match="does not score as PyTorch does"):
+        bundle_from_checkpoint(Plan(spec), lambda _step: None)
 
 
 def test_own_pairs_are_the_ones_that_scores_are_kept_for(bundle: Make) -> None:

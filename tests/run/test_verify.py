@@ -196,6 +196,7 @@ print(check.lines, int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) // 1024)
 """
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
     """Four times the lines, nearly the same memory: a run is never held as a whole."""
     peaks, sizes = [], []
