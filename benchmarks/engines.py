@@ -31,6 +31,7 @@ from dear_batch.bundle import Manifest, Source, hash_folder, open_bundle, write_
 from dear_batch.errors import DearBatchError
 from dear_batch.machine import Machine, machine
 from dear_batch.parity import compare
+from dear_batch.pointwise.own_pairs import N_OWN_PAIRS
 from dear_batch.pointwise.recipe import EncodedPair, Recipe
 from dear_batch.pointwise.rows import Batch
 from dear_batch.pointwise.scorer import open_scorer, score_pairs
@@ -118,7 +119,7 @@ def write_bundle(folder: Path, shape: str, layers: int, precision: str) -> None:
         parity=None,
         versions={},
         created=datetime.now(UTC).isoformat(),
-        own_scores=(),
+        own_scores=(0.0,) * N_OWN_PAIRS,  # which nothing here is compared with
         peaks=tuple(peaks),
         files=hash_folder(folder),
     )

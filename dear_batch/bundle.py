@@ -17,7 +17,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, Literal, Self
 
 from dear_batch import trust
 from dear_batch.bundle_files import (
+    ENGINES,
     changed,
     check_files,
     check_nothing_else,
@@ -32,7 +33,7 @@ from dear_batch.bundle_files import (
     regular,
     unreadable,
 )
-from dear_batch.errors import ConfigurationError, TrustError
+from dear_batch.errors import ConfigurationError, DearBatchError, TrustError
 from dear_batch.manifest_fields import misfit
 from dear_batch.pointwise.profiles import Profile
 from dear_batch.pointwise.recipe import Recipe
@@ -152,13 +153,15 @@ class Manifest:
 class Bundle:
     """An opened bundle. `opened` is what its files and folders were when they were checked.
 
-    `sha256` is that of the manifest without its engines: it says what model this is.
+    `sha256` is that of the manifest without its engines: it says what model this is. `paranoid`
+    hashes engines, too, however lately they were hashed.
     """
 
     folder: Path
     manifest: Manifest
     sha256: str
     opened: Mapping[str, FileState] = field(default_factory=dict)
+    paranoid: bool = False
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists.
@@ -173,18 +176,44 @@ class Bundle:
     def check_unchanged(self) -> None:
         """Find out whether what a native library has read is what was checked.
 
+        Engines may have been added meanwhile: they are no part of what was read.
+
         Raises:
             TrustError: a file or folder was written to or replaced since, or never checked.
         """
-        for name in (MANIFEST, *self.manifest.files, *self.opened):
-            found = self._found(name)
-            if found is None or found != self.opened.get(name):
-                raise TrustError(
-                    f"The bundle {self.folder} was changed while it was being loaded.",
-                    where=f"{name} is no longer what was checked",
-                    valid="a bundle that nobody writes to",
-                    next_step="run the job again; export a new version to a path of its own",
-                )
+        names = dict.fromkeys((MANIFEST, *self.manifest.files, *self.opened))
+        stale = [name for name in names if not self._is_as_checked(name)]
+        if stale and not self._only_got_engines(stale):
+            raise TrustError(
+                f"The bundle {self.folder} was changed while it was being loaded.",
+                where=f"{stale[0]} is no longer what was checked",
+                valid="a bundle that nobody writes to",
+                next_step="run the job again; export a new version to a path of its own",
+            )
+
+    def _is_as_checked(self, name: str) -> bool:
+        found = self._found(name)
+        return found is not None and found == self.opened.get(name)
+
+    def _only_got_engines(self, stale: Sequence[str]) -> bool:
+        """Whether the manifest was replaced by one of the same model, and nothing else came.
+
+        The manifest's folder changes with that, and when the folder of the engines is made.
+        """
+        checked = self.opened.get(".")
+        if self.manifest.task != "pointwise" or not checked or not {MANIFEST, "."} >= {*stale}:
+            return False
+        try:
+            with opened_folder(self.folder) as top, opened_folder(ENGINES, top):
+                here = FileState.of(os.fstat(top))
+                manifest = _parse(self.folder / MANIFEST, _read_manifest(self.folder, top)[0])
+                states = check_nothing_else(self.folder, top, {MANIFEST, *manifest.files})
+        except (OSError, DearBatchError):
+            return False
+        same_folder = (here.device, here.inode) == (checked.device, checked.inode)
+        others = {name: state for name, state in states.items() if name != "."}
+        same_others = others.items() <= self.opened.items()
+        return same_folder and same_others and _identity(manifest) == self.sha256
 
     def _found(self, name: str) -> FileState | None:
         """What lies there now; a link is not followed."""
@@ -204,7 +233,7 @@ class Bundle:
         with (
             unreadable(self.folder, engine.path),
             opened_folder(self.folder) as top,
-            checked_plan(self.folder, top, engine) as data,
+            checked_plan(self.folder, top, engine, Hashes.load(paranoid=self.paranoid)) as data,
         ):
             yield data
 
@@ -288,7 +317,7 @@ def open_bundle(
         if verify:
             opened |= check_nothing_else(folder, top, {MANIFEST, *manifest.files})
             opened |= check_files(folder, top, manifest.files, Hashes.load(paranoid=paranoid))
-    return Bundle(folder, manifest, _identity(manifest), opened)
+    return Bundle(folder, manifest, _identity(manifest), opened, paranoid)
 
 
 def _identity(manifest: Manifest) -> str:

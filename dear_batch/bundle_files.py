@@ -82,16 +82,13 @@ def check_files(
 
 
 @contextmanager
-def checked_plan(folder: Path, top: int, engine: "Engine") -> Iterator[mmap.mmap]:
+def checked_plan(folder: Path, top: int, engine: "Engine", hashes: Hashes) -> Iterator[mmap.mmap]:
     """An engine's bytes, hashed on the descriptor that they are read through.
 
     Raises:
         TrustError: it is missing, linked or changed, or was written to while it was used.
     """
-    again = (
-        f"dear-batch export {shlex.quote(str(folder))} --engine tensorrt --target {engine.sm}; or "
-    )
-    hashes = Hashes.load()
+    again = f"{_rebuild(folder, engine)}; or "
     with regular(folder, top, engine.path, again) as (file, state):
         if state.bytes != engine.bytes:
             raise changed(folder, engine.path, f"{state.bytes} bytes, not {engine.bytes}", again)
@@ -102,6 +99,20 @@ def checked_plan(folder: Path, top: int, engine: "Engine") -> Iterator[mmap.mmap
             yield data
         if FileState.of(os.fstat(file.fileno())) != state:
             raise changed(folder, engine.path, "it was written to while it was loaded", again)
+
+
+def _rebuild(folder: Path, engine: "Engine") -> str:
+    """The command that makes an engine like this one."""
+    options = {
+        "engine": "tensorrt",
+        "target": engine.sm,
+        "flavour": engine.flavour,
+        "precision": engine.precision,
+        "row-tokens": engine.row_tokens,
+        "batch-tokens": engine.batch_tokens,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["dear-batch", "export", str(folder), *words])
 
 
 @contextmanager

@@ -9,14 +9,20 @@ import re
 from collections.abc import Callable
 from typing import Any, get_args
 
+from dear_batch.pointwise.own_pairs import N_OWN_PAIRS
+from dear_batch.pointwise.profiles import Profile, layout
 from dear_batch.pointwise.recipe import Pooling, RecipeName
 from dear_batch.trust import why_no_name
 
 REVISION = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SM = re.compile(r"sm_\d{2,3}")
+# Both are part of commands that people are told to run.
+VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9}){0,5}(\.?(a|b|rc|post|dev)[0-9]{1,9}){0,2}")
+PLATFORM = re.compile(r"[a-z0-9]{1,20}-[A-Za-z0-9_]{1,20}")
 PLAN = re.compile(r"engines/[a-z0-9_-]+/[0-9a-f]{64}\.plan")
 MAX_ID = 2**31 - 1  # token ids are int32
+MAX_SCORE = 3e38  # of fp32; NaN is less than nothing
 SHOWN = 60  # characters of a wrong value
 
 Check = Callable[[Any], str | None]  # what is wrong, after the path to it; None where nothing is
@@ -28,7 +34,13 @@ def misfit(fields: Any) -> str | None:
         json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return " holds half a surrogate pair, which is no text"
-    return _MANIFEST(fields) or _names(fields["files"]) or _lengths(fields["recipe"])
+    return (
+        _MANIFEST(fields)
+        or _names(fields["files"])
+        or _lengths(fields["recipe"])
+        or _own_scores(fields)
+        or _limits(fields["engines"])
+    )
 
 
 def _names(files: dict[str, Any]) -> str | None:
@@ -43,6 +55,36 @@ def _lengths(recipe: dict[str, Any] | None) -> str | None:
     if specials < recipe["max_length"]:
         return None
     return ".recipe.max_length leaves no room beside the fixed ids"
+
+
+def _own_scores(fields: dict[str, Any]) -> str | None:
+    """A pointwise bundle has those of all pairs, or its engines would be compared with nothing."""
+    found = len(fields["own_scores"] or ())
+    if fields["task"] != "pointwise" or found == N_OWN_PAIRS:
+        return None
+    return f".own_scores holds {found} scores, not {N_OWN_PAIRS}"
+
+
+def _limits(engines: list[dict[str, Any]]) -> str | None:
+    """Whether an engine takes every batch that is planned within what it says that it takes."""
+    for number, engine in enumerate(engines):
+        if not engine["profiles"]:
+            return f".engines[{number}].profiles is empty"
+        found = layout([Profile.from_json(profile) for profile in engine["profiles"]])
+        for name in ("row_tokens", "batch_tokens"):
+            if engine[name] != getattr(found, name):
+                return (
+                    f".engines[{number}].{name} is {engine[name]}, and its profiles take "
+                    f"{getattr(found, name)}"
+                )
+    return None
+
+
+def _span(value: Any) -> str | None:
+    why = _SPAN(value)
+    if why or value["least"] <= value["best"] <= value["most"]:
+        return why
+    return f" is not from least to most: {_short(value)}"
 
 
 def _kind(what: str, good: Callable[[Any], bool]) -> Check:
@@ -105,6 +147,7 @@ def _record(**checks: Check) -> Check:
 
 _text = _kind("text", lambda value: isinstance(value, str))
 _number = _kind("number", lambda value: type(value) in (int, float))
+_score = _kind("number", lambda value: type(value) in (int, float) and abs(value) < MAX_SCORE)
 _object = _kind("object", lambda value: isinstance(value, dict))
 _ids = _list_of(_whole(0, MAX_ID))
 _revision = _kind(
@@ -147,15 +190,15 @@ _sha256 = _kind("sha256", lambda v: isinstance(v, str) and bool(SHA256.fullmatch
 _bytes = _whole(0, 2**63 - 1)
 _positive = _whole(1, MAX_ID)
 _FILE = _record(bytes=_bytes, sha256=_sha256)
-_span = _record(least=_positive, best=_positive, most=_positive)
+_SPAN = _record(least=_positive, best=_positive, most=_positive)
 _ENGINE = _record(
     path=_kind("path", lambda v: isinstance(v, str) and PLAN.fullmatch(v) is not None),
     bytes=_bytes,
     sha256=_sha256,
     flavour=_one_of("tensorrt", "tensorrt_rtx"),
-    version=_text,
+    version=_kind("version", lambda v: isinstance(v, str) and bool(VERSION.fullmatch(v))),
     sm=_kind("SM", lambda v: isinstance(v, str) and bool(SM.fullmatch(v))),
-    platform=_text,
+    platform=_kind("platform", lambda v: isinstance(v, str) and bool(PLATFORM.fullmatch(v))),
     precision=_one_of("fp32", "fp16", "bf16"),
     row_tokens=_positive,
     batch_tokens=_positive,
@@ -173,7 +216,7 @@ _MANIFEST = _record(
     parity=_optional(_PARITY),
     versions=_map_of(_text),
     created=_text,
-    own_scores=_optional(_list_of(_number)),
+    own_scores=_optional(_list_of(_score)),
     peaks=_optional(_list_of(_number)),
     engines=_list_of(_ENGINE),
     files=_map_of(_FILE),

@@ -1,8 +1,10 @@
 """A bundle is trusted file by file. The bundle here is made by hand: no model is needed."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dear_batch import verified
 from dear_batch.bundle import (
     MAX_MANIFEST_BYTES,
     Engine,
@@ -22,8 +25,11 @@ from dear_batch.bundle import (
     write_manifest,
 )
 from dear_batch.errors import ConfigurationError, TrustError
+from dear_batch.files.durable import replacing
+from dear_batch.pointwise.own_pairs import N_OWN_PAIRS
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
+from dear_batch.verified import FileState
 
 RECIPE = Recipe("readme", "last-token", (1,), (1,), (), 2)
 GRAPH = b"\x08\x08"  # a ModelProto of nothing but its ir_version
@@ -46,6 +52,7 @@ def folder(tmp_path: Path) -> Path:
         parity=None,
         versions={},
         created="2026-01-01T00:00:00+00:00",
+        own_scores=(0.0,) * N_OWN_PAIRS,
         files=hash_folder(folder),
     )
     write_manifest(folder, manifest)
@@ -279,11 +286,115 @@ def test_an_engine_changes_nothing_of_what_a_bundle_is(folder: Path) -> None:
         assert data[:] == PLAN
 
 
+@pytest.mark.parametrize("paranoid", [False, True])
+def test_a_plan_that_is_remembered_is_hashed_again_by_the_paranoid(
+    paranoid: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verified, "SETTLED_NS", -(10**12))  # as if it had lain there for long
+    engine = with_engine(folder)
+    with open_bundle(folder).plan(engine):
+        pass
+    before = FileState.of((folder / engine.path).stat())
+    with monkeypatch.context() as patch:  # a disk that changed a byte behind the file system
+        (folder / engine.path).write_bytes(PLAN[::-1])
+        patch.setattr(FileState, "of", lambda _found: before)
+        bundle = open_bundle(folder, verify=False, paranoid=paranoid)
+        with contextlib.ExitStack() as stack:
+            if paranoid:
+                stack.enter_context(pytest.raises(TrustError, match="its sha256 differs"))
+            with bundle.plan(engine) as data:
+                assert data[:] == PLAN[::-1]
+
+
 def test_what_no_record_names_below_engines_is_never_loaded_and_no_harm(folder: Path) -> None:
     """A crash between the plan's rename and the manifest's leaves it."""
     (folder / "engines/tensorrt-sm_90").mkdir(parents=True)
     (folder / "engines/tensorrt-sm_90/left.plan").write_bytes(b"x")
     open_bundle(folder)
+
+
+def add_engine(folder: Path) -> None:
+    """As an export does: the folder first, the plan later, the manifest replaced last."""
+    manifest = open_bundle(folder).manifest
+    with_engine(folder)
+    with replacing(folder / "bundle.json") as temporary:
+        shutil.copyfile(folder / "bundle.json", temporary)
+    assert len(open_bundle(folder).manifest.engines) == len(manifest.engines) + 1
+
+
+def test_an_engine_is_added_to_a_bundle_in_use(folder: Path) -> None:
+    bundle = open_bundle(folder)
+    (folder / "engines").mkdir()
+    bundle.check_unchanged()  # the build may take an hour from here
+    (folder / "engines").rmdir()
+    add_engine(folder)
+    assert (folder / "bundle.json").stat().st_ino != bundle.opened["bundle.json"].inode
+    bundle.check_unchanged()
+    assert open_bundle(folder).sha256 == bundle.sha256
+
+
+def other_model(folder: Path) -> None:
+    edited(folder, lambda fields: fields.update(created="2026-02-02T00:00:00+00:00"))
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "bundle.json").write_text("{")
+
+
+def code_beside(folder: Path) -> None:
+    (folder / "modeling.py").touch()
+
+
+def file_touched(folder: Path) -> None:
+    os.utime(folder / "tokenizer.json", ns=(0, 0))
+
+
+def linked_engines(folder: Path) -> None:
+    (folder / "engines").rename(folder.parent / "elsewhere")
+    (folder / "engines").symlink_to(folder.parent / "elsewhere")
+
+
+def weights_beside(folder: Path) -> None:
+    (folder / "onnx" / "weights.bin").touch()
+
+
+def copied_whole(folder: Path) -> None:
+    """Only the folder is another one: its files are the very same."""
+    folder.rename(folder.parent / "old")
+    folder.mkdir()
+    for entry in (folder.parent / "old").iterdir():
+        entry.rename(folder / entry.name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_model,
+        no_manifest,
+        code_beside,
+        file_touched,
+        linked_engines,
+        weights_beside,
+        copied_whole,
+    ],
+)
+def test_what_comes_with_an_engine_is_refused(change: Callable[[Path], None], folder: Path) -> None:
+    bundle = open_bundle(folder)
+    add_engine(folder)
+    bundle.check_unchanged()
+    time.sleep(0.02)  # a tick of the file system's clock
+    change(folder)
+    with pytest.raises(TrustError, match="changed while it was being loaded"):
+        bundle.check_unchanged()
+
+
+def test_a_listwise_bundle_in_use_gets_no_engines(folder: Path) -> None:
+    edited(folder, lambda fields: fields.update(task="listwise", recipe=None))
+    bundle = open_bundle(folder)
+    (folder / "engines").mkdir()
+    with pytest.raises(TrustError, match="changed while it was being loaded"):
+        bundle.check_unchanged()
 
 
 @pytest.mark.parametrize("how", ["flipped", "longer", "gone", "linked", "hard link"])
@@ -308,8 +419,9 @@ def test_a_changed_engine_is_refused_with_the_rebuild_command(
         bundle.plan(engine),
     ):
         pytest.fail("its bytes were handed out")
-    assert f"dear-batch export {folder} --engine tensorrt --target sm_89" in str(
-        error.value.next_step
+    assert error.value.next_step.startswith(
+        f"dear-batch export {folder} --engine tensorrt --target sm_89 --flavour tensorrt_rtx "
+        "--precision fp16 --row-tokens 512 --batch-tokens 1024; or "
     )
 
 

@@ -16,6 +16,7 @@ from dear_batch.bundle import Engine, Manifest, Source, open_bundle
 from dear_batch.errors import DearBatchError
 from dear_batch.inspection import inspect_path
 from dear_batch.manifest_fields import misfit
+from dear_batch.pointwise.own_pairs import N_OWN_PAIRS, own_pairs
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
 
@@ -42,7 +43,7 @@ MANIFEST = Manifest(
     },
     versions={"torch": "2.13"},
     created="2026-01-01T00:00:00+00:00",
-    own_scores=(0.5, -1.25),
+    own_scores=(0.5, -1.25) * 32,
     peaks=(3.0,),
     engines=(
         Engine(
@@ -75,6 +76,13 @@ def changed(path: str, value: object) -> dict[str, Any]:
     return fields
 
 
+def spans(**rows: int) -> dict[str, Any]:
+    """The profile of the engine above, with other rows."""
+    profile: dict[str, Any] = copy.deepcopy(GOOD["engines"][0]["profiles"][0])
+    profile["rows"] = {"least": 1, "best": 1, "most": 2} | rows
+    return profile
+
+
 @pytest.mark.parametrize(
     ("field", "value", "why"),
     [
@@ -82,9 +90,22 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("path", f"engines/a/b/{'0' * 64}.plan", ".path is no path"),
         ("path", f"engines/a/{'0' * 64}.plan\n", ".path is no path"),
         ("sm", "sm_8.9", ".sm is no SM: 'sm_8.9'"),
+        ("version", "1.7.1; rm -rf ~", ".version is no version: '1.7.1; rm -rf ~'"),
+        ("version", "1.7.1\n", ".version is no version"),
+        ("version", "", ".version is no version"),
+        ("version", "latest", ".version is no version"),
+        ("version", 10, ".version is no version"),
+        ("platform", "linux", ".platform is no platform"),
+        ("platform", "linux-x86_64 && id", ".platform is no platform"),
         ("flavour", "tensorrt_lite", ".flavour is no 'tensorrt' or 'tensorrt_rtx'"),
         ("row_tokens", 0, ".row_tokens is no whole number of 1 to"),
         ("profiles", [{"rows": {}}], ".profiles[0] has no documents"),
+        ("profiles", [], ".profiles is empty"),
+        ("profiles", [spans(least=2)], ".profiles[0].rows is not from least to most"),
+        ("profiles", [spans(best=3)], ".profiles[0].rows is not from least to most"),
+        ("profiles", [spans(most=4)], ".batch_tokens is 1024, and its profiles take 2048"),
+        ("row_tokens", 513, ".row_tokens is 513, and its profiles take 512"),
+        ("batch_tokens", 2048, ".batch_tokens is 2048, and its profiles take 1024"),
     ],
 )
 def test_an_engine_of_a_wrong_form(field: str, value: object, why: str) -> None:
@@ -93,12 +114,31 @@ def test_an_engine_of_a_wrong_form(field: str, value: object, why: str) -> None:
     assert str(misfit(fields)).startswith(f".engines[0]{why}")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", "10.13.2.6"),
+        ("version", "10.14.1.48.post1"),
+        ("version", "9.3.0.post12.dev1"),
+        ("version", "10.0.0b6"),
+        ("platform", "linux-aarch64"),
+        ("platform", "win32-AMD64"),
+    ],
+)
+def test_versions_and_platforms_as_there_are(field: str, value: str) -> None:
+    fields = copy.deepcopy(GOOD)
+    fields["engines"][0][field] = value
+    assert misfit(fields) is None
+
+
 def test_what_was_written_is_read() -> None:
     assert Manifest.from_json({**GOOD, "files": {}}) == MANIFEST
 
 
 def test_what_an_export_writes_is_good() -> None:
     assert misfit(GOOD) is None
+    assert misfit({**GOOD, "task": "listwise", "own_scores": None}) is None
+    assert sum(len(documents) for _, documents in own_pairs()) == N_OWN_PAIRS
     assert misfit({**GOOD, "recipe": None, "parity": None, "graphs": {}, "files": {}}) is None
 
 
@@ -112,6 +152,10 @@ def test_what_an_export_writes_is_good() -> None:
         ("source.other", 1, ".source has an unknown field 'other'"),
         ("precision", 32, ".precision is no 'fp32' or 'fp16' or 'bf16': 32"),
         ("own_scores", [1, "x"], ".own_scores[1] is no number: 'x'"),
+        ("own_scores", [float("nan")] * 64, ".own_scores[0] is no number: nan"),
+        ("own_scores", [10**400] * 64, ".own_scores[0] is no number: 1000"),
+        ("own_scores", [1] * 63, ".own_scores holds 63 scores, not 64"),
+        ("own_scores", None, ".own_scores holds 0 scores, not 64"),
         ("peaks", 3, ".peaks is no list: 3"),
         ("engines", {}, ".engines is no list: {}"),
         ("recipe.head_ids", [1, -1], ".recipe.head_ids[1] is no whole number"),

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -117,11 +118,12 @@ def _export_engines(bundle: Path, dry_run: bool, options: dict[str, Any]) -> Non
     wrong = [name for name, value in options.items() if value is not None and name not in names]
     if engine != "tensorrt" or wrong or dry_run:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        why = "; --dry-run is for checkpoints" if dry_run else ""
         raise UsageError(
-            f"{bundle} is a bundle already" + (f"; {named} would make another." if named else "."),
+            f"{bundle} is a bundle already{f'; {named} would make another' if named else why}.",
             valid="--engine tensorrt, with --target, --precision, --flavour, --calibrate, "
             "--row-tokens, --batch-tokens, --level",
-            next_step=f"dear-batch export {bundle} --engine tensorrt",
+            next_step=f"dear-batch export {quote(str(bundle))} --engine tensorrt",
         )
     wanted = load_spec(None, EngineSpec, {name: options[name] for name in names})
     outcome({"status": "ok", "bundle": str(bundle), "engines": _built(bundle, wanted)})

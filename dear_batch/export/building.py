@@ -27,6 +27,7 @@ from dear_batch.errors import (
 )
 from dear_batch.export.tensorrt import Advance, Built, Order, plan_from_onnx
 from dear_batch.pointwise.profiles import Profile
+from dear_batch.python_command import python_command
 
 Send = Callable[[Mapping[str, Any]], None]
 
@@ -45,7 +46,7 @@ def built(order: Order, advance: Advance) -> Built:
         TryAgainError: there is too little memory, or the process died.
     """
     words = order.plan.with_suffix(".log")
-    command = [sys.executable, "-m", "dear_batch.export.building"]
+    command = python_command("dear_batch.export.building")
     with (
         words.open("w+b") as stderr,
         subprocess.Popen(

@@ -32,12 +32,20 @@ from dear_batch.export.building import built
 from dear_batch.export.calibrate import calibrate
 from dear_batch.export.targets import targets
 from dear_batch.export.tensorrt import Order, ahead_of_time
-from dear_batch.files.durable import make_folder, replacing, scratch_folder, sync, writing
+from dear_batch.files.durable import (
+    make_folder,
+    refuse_other,
+    replacing,
+    scratch_folder,
+    sync,
+    writing,
+)
 from dear_batch.machine import gpus, import_fault
 from dear_batch.pointwise.profiles import BATCH_TOKENS, ROW_TOKENS, Profile, lay_out, layout
 from dear_batch.pointwise.recipe import Pooling
 from dear_batch.specs import EngineSpec
 from dear_batch.user_cache import cache_file
+from dear_batch.verified import opened_folder
 
 Report = Callable[[str], None]  # told each step
 Advance = Callable[[str, float, int], None]  # (target, percent, 100)
@@ -46,6 +54,7 @@ BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 WEIGHTS = "onnx/weights.safetensors"
 PACKED = "onnx/packed.onnx"
 LOCK = ".lock"
+PLAN = ".plan"
 SCRATCH = "build"  # of the temporary folder
 EXTRA_DISK = 64 << 20  # graphs, and kernels beside the weights of a plan
 
@@ -58,7 +67,7 @@ def add_engines(
     Raises:
         ConfigurationError: no pointwise bundle with packed rows, or nothing builds for that GPU.
         UsageError: which GPU is not known.
-        OutputError: the bundle's disk is full or read-only.
+        OutputError: the bundle's disk is full or read-only, or a link is in place of a folder.
         TryAgainError: there is too little memory, or another export is at work on the bundle.
         TrustError: the bundle is not what its manifest says.
     """
@@ -70,6 +79,8 @@ def add_engines(
         bundle = open_bundle(folder)
         precision = wanted.precision_for(bundle.manifest.precision)
         _sweep(folder, bundle.manifest.engines)
+        for sm in kinds:
+            refuse_other(folder / _place(flavour, sm))  # before the hour that a build may take
         _check_space(bundle, precision, len(kinds))
         profiles = _profiles(bundle, wanted, report)
         with scratch_folder(folder / ENGINES / SCRATCH) as scratch:
@@ -206,11 +217,11 @@ def _engine(order: Order, precision: Precision, report: Report, advance: Advance
     report(f"building for {order.sm} with {order.flavour} in {precision}")
     found = built(order, lambda share: advance(order.sm, 100 * share, 100))
     file = hash_file(order.plan)
-    order.plan.rename(order.plan.with_name(f"{order.sm}.plan"))
+    order.plan.rename(order.plan.with_name(f"{order.sm}{PLAN}"))
     report(f"{order.sm}: {file.bytes / 1e6:.0f} MB in {found.seconds:.0f} s")
     limits = layout(order.profiles)
     return Engine(
-        path=f"{ENGINES}/{order.flavour}-{order.sm}/{file.sha256}.plan",
+        path=f"{_place(order.flavour, order.sm)}/{file.sha256}{PLAN}",
         bytes=file.bytes,
         sha256=file.sha256,
         flavour=order.flavour,
@@ -223,6 +234,11 @@ def _engine(order: Order, precision: Precision, report: Report, advance: Advance
         profiles=order.profiles,
         build_seconds=round(found.seconds, 1),
     )
+
+
+def _place(flavour: Flavour, sm: str) -> str:
+    """The folder of a bundle's plans for a product and a kind of GPU."""
+    return f"{ENGINES}/{flavour}-{sm}"
 
 
 def _kept(bundle: Bundle, engines: Sequence[Engine]) -> tuple[Engine, ...]:
@@ -240,7 +256,7 @@ def _record(bundle: Bundle, engines: Sequence[Engine], scratch: Path) -> None:
     for engine in engines:
         path = bundle.folder / engine.path
         make_folder(path.parent)
-        plan = scratch / f"{engine.sm}.plan"
+        plan = scratch / f"{engine.sm}{PLAN}"
         with writing(path):
             sync(plan)
             plan.replace(path)
@@ -251,8 +267,17 @@ def _record(bundle: Bundle, engines: Sequence[Engine], scratch: Path) -> None:
 
 
 def _sweep(folder: Path, named: Sequence[Engine]) -> None:
-    """Remove plans that no record names."""
-    paths = {folder / engine.path for engine in named}
-    for plan in (folder / ENGINES).glob("*/*.plan"):
-        if plan not in paths:
-            plan.unlink()
+    """Remove plans that no record names; what lies behind a link is not ours."""
+    paths = {engine.path for engine in named}
+    with opened_folder(folder) as top, opened_folder(ENGINES, top) as engines:
+        for name in _names(engines, folders=True):
+            with opened_folder(name, engines) as plans:
+                for plan in _names(plans, folders=False):
+                    if plan.endswith(PLAN) and f"{ENGINES}/{name}/{plan}" not in paths:
+                        os.unlink(plan, dir_fd=plans)
+
+
+def _names(folder: int, *, folders: bool) -> list[str]:
+    """What lies in an opened folder: the folders or the rest, links among it."""
+    with os.scandir(folder) as found:
+        return [entry.name for entry in found if entry.is_dir(follow_symlinks=False) == folders]

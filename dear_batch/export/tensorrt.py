@@ -146,9 +146,7 @@ class _Building:
             good = known is not None and config.set_compute_capability(known, 0)
             self._check(good, f"does not build for {order.sm}")
         elif order.timings:
-            known = read_own(self._timings_file())
-            cache = config.create_timing_cache(known or b"") or config.create_timing_cache(b"")
-            config.set_timing_cache(cache, ignore_mismatch=False)
+            set_timings(config, read_own(self._timings_file()) or b"")
         for profile in order.profiles:
             number = config.add_optimization_profile(self._shapes(profile))
             self._check(number >= 0, "does not take a profile")
@@ -170,9 +168,9 @@ class _Building:
 
     def keep_timings(self) -> None:
         """Remember how fast each kernel was."""
-        if self.order.timings and not hasattr(self.trt, "ComputeCapability"):
-            timings = self._config.get_timing_cache().serialize()
-            write_own(self._timings_file(), bytes(timings))
+        keeps = self.order.timings and not hasattr(self.trt, "ComputeCapability")
+        if keeps and (timings := timings_of(self._config)):
+            write_own(self._timings_file(), timings)
 
     def _timings_file(self) -> Path | None:
         """Each version has its own: they do not read one another's."""
@@ -211,6 +209,21 @@ class _Building:
             next_step="try another version or --flavour of TensorRT; else run the bundle with "
             "--engine onnxruntime",
         )
+
+
+def set_timings(config: Any, known: bytes) -> None:
+    """Give a build what earlier ones found out, nothing where it is of another kind."""
+    for timings in (known, b""):
+        cache = config.create_timing_cache(timings)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return
+
+
+def timings_of(config: Any) -> bytes:
+    """What a build has found out; empty where it keeps no timings."""
+    cache = config.get_timing_cache()
+    timings = None if cache is None else cache.serialize()
+    return b"" if timings is None else bytes(timings)
 
 
 def _logger(trt: Any, said: _Said) -> Any:

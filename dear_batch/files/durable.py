@@ -123,13 +123,22 @@ def make_folder(folder: Path) -> None:
     Raises:
         OutputError: the parent is read-only or full, or something else has that name.
     """
-    if folder.is_symlink() or folder.is_file():
-        kind = "link" if folder.is_symlink() else "file"
-        raise OutputError(f"{folder} is a {kind}.", where=str(folder), valid="a folder of our own")
+    refuse_other(folder)
     with writing(folder):
         if not folder.is_dir():
             folder.mkdir(exist_ok=True)
             sync(folder.parent)
+
+
+def refuse_other(folder: Path) -> None:
+    """See that what has the name of a folder, if anything, is one.
+
+    Raises:
+        OutputError: it is a file, or a link, which could lead anywhere.
+    """
+    if folder.is_symlink() or folder.is_file():
+        kind = "link" if folder.is_symlink() else "file"
+        raise OutputError(f"{folder} is a {kind}.", where=str(folder), valid="a folder of our own")
 
 
 def remove(path: Path) -> None:

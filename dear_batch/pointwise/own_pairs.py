@@ -11,11 +11,12 @@ from pathlib import Path
 
 from dear_batch.errors import InputError
 
+N_OWN_PAIRS = 64
 TextList = tuple[str, list[tuple[str, str]]]  # query, (title, text) of each document
 
 
 def own_pairs() -> list[TextList]:
-    """64 pairs in lists, the same in every version of a bundle's schema."""
+    """`N_OWN_PAIRS` pairs in lists, the same in every version of a bundle's schema."""
     return read_pairs(files("dear_batch.pointwise") / "parity_pairs.jsonl")
 
 

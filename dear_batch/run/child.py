@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any, Self
 
 from dear_batch import errors
 from dear_batch.errors import DearBatchError, TryAgainError
 from dear_batch.log import log, redact, silence
+from dear_batch.python_command import python_command
 from dear_batch.run.interrupts import STOPS, Interrupts, stopped
 from dear_batch.run.watch import StoppedError
 
@@ -275,9 +275,8 @@ class Lines:
 
 
 def worker_command() -> list[str]:
-    """The child imports from where we do: from the working directory only if we do."""
-    safe = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
-    return [sys.executable, *safe, "-m", "dear_batch.run.worker"]
+    """Starts the worker."""
+    return python_command("dear_batch.run.worker")
 
 
 def _how(returncode: int | None) -> str:

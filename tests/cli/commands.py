@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from dear_batch.bundle import Manifest, Source, hash_folder, write_manifest
 from dear_batch.cli import main
+from dear_batch.pointwise.own_pairs import N_OWN_PAIRS
 from dear_batch.pointwise.recipe import Recipe
 from dear_batch.run.local import run_job
 from dear_batch.run.supervisor import Outcome
@@ -121,6 +122,7 @@ def manifest_of_a_bundle(folder: Path) -> Path:
         parity=None,
         versions={},
         created="2026-01-01T00:00:00+00:00",
+        own_scores=(0.0,) * N_OWN_PAIRS,
         files=hash_folder(folder),
     )
     write_manifest(folder, manifest)

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from tests.cli.commands import Make, fail, invoke, outcome, parts, succeed, told
+from tests.cli.commands import (
+    Make,
+    fail,
+    invoke,
+    manifest_of_a_bundle,
+    outcome,
+    parts,
+    succeed,
+    told,
+)
 from tests.conftest import collection_texts
 
 
@@ -70,6 +79,14 @@ def test_a_dry_run_says_what_an_export_needs_and_writes_nothing(
 
 
 @pytest.mark.model
+def test_what_does_not_go_with_a_bundle_is_named(tmp_path: Path) -> None:
+    folder = manifest_of_a_bundle(tmp_path / "my bundle")
+    tensorrt = ("export", folder, "--engine", "tensorrt")
+    assert f"dear-batch export '{folder}' --engine tensorrt" in fail(2, "already", *tensorrt[:2])
+    fail(2, "is a bundle already; --dry-run is for checkpoints", *tensorrt, "--dry-run")
+    fail(2, "already; --model would make another", *tensorrt, "--model", "m", "--dry-run")
+
+
 def test_an_export_ends_with_its_parity_figures(checkpoint: Make, tmp_path: Path) -> None:
     result = succeed("export", "--model", checkpoint("llama31"), "--output", tmp_path / "bundle")
     exported = outcome(result)

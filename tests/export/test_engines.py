@@ -216,6 +216,22 @@ def test_something_else_in_the_place_of_the_folder_is_refused(
         add(own)
 
 
+def test_nothing_behind_a_link_is_swept_or_written(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "other.plan").write_bytes(b"of another bundle")
+    (own / "engines").mkdir()
+    (own / "engines" / "tensorrt_rtx-sm_89").symlink_to(elsewhere)
+    (own / "engines" / "link").symlink_to(elsewhere)
+    monkeypatch.setattr(engines, "_engine", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(OutputError, match="tensorrt_rtx-sm_89 is a link"):
+        add(own)
+    engines._sweep(own, ())
+    assert [path.name for path in elsewhere.iterdir()] == ["other.plan"]
+
+
 def test_models_without_packed_rows_are_refused(bundle: Make, generator: Path) -> None:
     unpacked = bundle("llama31", pooling="final-position")
     with pytest.raises(ConfigurationError, match="no packed graph"):

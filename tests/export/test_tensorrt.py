@@ -4,6 +4,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ import tensorrt_rtx as trt
 from dear_batch.errors import ConfigurationError, OutputError, TryAgainError
 from dear_batch.export import building
 from dear_batch.export.building import built
-from dear_batch.export.tensorrt import Order, _Building, ahead_of_time, plan_from_onnx
+from dear_batch.export.tensorrt import (
+    Order,
+    _Building,
+    ahead_of_time,
+    plan_from_onnx,
+    set_timings,
+    timings_of,
+)
 from dear_batch.pointwise.profiles import Profile, Span, lay_out
 
 pytestmark = pytest.mark.model
@@ -138,6 +146,17 @@ def test_a_damaged_graph_is_refused(tmp_path: Path) -> None:
         built(order(tmp_path / "x.onnx", tmp_path), lambda _share: None)
 
 
+def test_the_process_imports_nothing_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "json.py").write_text("import os; os._exit(7)")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigurationError, match="does not take the graph"):
+        built(order(tmp_path / "x.onnx", tmp_path), lambda _share: None)
+
+
 def test_the_process_builds_the_same(packed: Make, tmp_path: Path) -> None:
     shares: list[float] = []
     found = built(order(packed("llama31"), tmp_path, level=1), shares.append)
@@ -198,3 +217,40 @@ def test_memory_is_told_from_other_errors(packed: Make, tmp_path: Path) -> None:
     build.said.hear("Error Code 2: OutOfMemory (no further information)", error=True)
     with pytest.raises(MemoryError, match="OutOfMemory"):
         build._check(False, "could not build a plan")
+
+
+class Timings:
+    """A builder's configuration as `tensorrt` has it: it refuses what it does not like."""
+
+    def __init__(self, *taken: bytes) -> None:
+        self.taken = taken
+        self.cache: Any = None
+
+    def create_timing_cache(self, known: bytes) -> Any:
+        return None if known == b"unreadable" else SimpleNamespace(serialize=lambda: known)
+
+    def set_timing_cache(self, cache: Any, *, ignore_mismatch: bool) -> bool:
+        good = not ignore_mismatch and cache.serialize() in self.taken
+        self.cache = cache if good else self.cache
+        return good
+
+    def get_timing_cache(self) -> Any:
+        return self.cache
+
+
+@pytest.mark.parametrize(
+    ("known", "taken", "kept"),
+    [
+        (b"of this GPU", (b"of this GPU", b""), b"of this GPU"),
+        (b"of another GPU", (b"",), b""),
+        (b"unreadable", (b"",), b""),
+        (b"of another GPU", (), b""),
+    ],
+)
+def test_timings_that_are_refused_do_not_fail_a_build(
+    known: bytes, taken: tuple[bytes, ...], kept: bytes
+) -> None:
+    config = Timings(*taken)
+    set_timings(config, known)
+    assert (config.cache is None) == (not taken)
+    assert timings_of(config) == kept

@@ -9,6 +9,7 @@ import pytest
 from dear_batch.bundle import Bundle, Engine, Manifest, Source
 from dear_batch.errors import ConfigurationError
 from dear_batch.machine import Driver, Gpu, Machine, Package, gpus, machine
+from dear_batch.pointwise.own_pairs import N_OWN_PAIRS
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
 from dear_batch.pointwise.selection import Choice, choose, told
@@ -25,7 +26,7 @@ FULL = Engine(
     precision="fp16",
     row_tokens=512,
     batch_tokens=512,
-    profiles=(Profile(SPAN, SPAN, SPAN),),
+    profiles=(Profile(Span(1, 1, 1), SPAN, SPAN),),
     build_seconds=1.0,
 )
 RTX = replace(FULL, flavour="tensorrt_rtx", version="1.7.1.116", sm="sm_89", sha256="1" * 64)
@@ -68,6 +69,7 @@ def bundle_with(*engines: Engine, pooling: Any = "last-token", folder: str = "mi
         parity=None,
         versions={},
         created="",
+        own_scores=(0.0,) * N_OWN_PAIRS,
         engines=engines,
     )
     return Bundle(Path(folder), manifest, "2" * 64)

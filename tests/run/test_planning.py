@@ -12,6 +12,7 @@ import pytest
 
 from dear_batch.bundle import Manifest, Source, hash_folder, open_bundle, write_manifest
 from dear_batch.errors import ConfigurationError, InputError
+from dear_batch.pointwise.own_pairs import N_OWN_PAIRS
 from dear_batch.pointwise.recipe import Recipe
 from dear_batch.run.folder import read_plan, write_plan
 from dear_batch.run.identity import asked, digest, job_fields, listwise_settings
@@ -47,6 +48,7 @@ def pointwise_bundle(folder: Path, model: str = "some/model") -> Path:
         parity=None,
         versions={},
         created="2026-01-01T00:00:00+00:00",
+        own_scores=(0.0,) * N_OWN_PAIRS,
         files=hash_folder(folder),
     )
     write_manifest(folder, manifest)
