@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dear_batch.errors import ConfigurationError, TryAgainError, too_little_memory
+from dear_batch.errors import (
+    ConfigurationError,
+    EngineRefusedError,
+    TryAgainError,
+    too_little_memory,
+)
 from dear_batch.pointwise.recipe import EncodedPair
 from dear_batch.pointwise.rows import Batch, Layout, batches, smaller
 
@@ -189,8 +194,9 @@ def open_scorer(
     """Load a pointwise bundle into the engine that was chosen for it.
 
     Raises:
-        ConfigurationError: not a pointwise bundle, a budget below the recipe's longest pair or
-            beyond what an engine was built for, or an engine that cannot be loaded.
+        ConfigurationError: not a pointwise bundle, or a budget below the recipe's longest pair or
+            beyond what an engine was built for.
+        EngineRefusedError: the engine cannot be loaded.
         TrustError: what was loaded is not what the manifest names.
         TryAgainError: there is no memory for the model.
     """
@@ -206,6 +212,9 @@ def open_scorer(
     except MemoryError as error:
         where = f"device {choice.device}: {error}"
         raise too_little_memory(f"load {bundle.folder}", where) from error
+    except ConfigurationError as error:
+        parts = {"where": error.where, "valid": error.valid, "next_step": error.next_step}
+        raise EngineRefusedError(error.what, **parts) from error
     layout = scorer.layout
     scorer.layout = replace(
         layout,

@@ -11,7 +11,7 @@ from dear_batch.errors import ConfigurationError
 from dear_batch.machine import Driver, Gpu, Machine, Package, gpus, machine
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
-from dear_batch.pointwise.selection import Choice, choose, told
+from dear_batch.pointwise.selection import Choice, PassedOver, choose, refusal, told
 
 SPAN = Span(1, 1, 512)
 FULL = Engine(
@@ -215,6 +215,17 @@ def test_a_module_that_cannot_be_imported_is_passed_over() -> None:
     assert (choice.engine, choice.device) == ("onnxruntime", "cuda:0")
     (item,) = choice.passed_over
     assert item.why == "cuda.core cannot be imported: ImportError: libcudart.so.13"
+
+
+def test_a_plan_that_was_refused_is_passed_over() -> None:
+    refused_plan = ConfigurationError(
+        "TensorRT refuses the engine.", where="Error Code 1", next_step="build it again"
+    )
+    refusals = [refusal(chosen(SERVER, FULL), refused_plan)]
+    choice = chosen(SERVER, FULL, refusals=refusals)
+    assert (choice.engine, choice.device) == ("onnxruntime", "cuda:0")
+    why = "TensorRT refuses the engine: Error Code 1"
+    assert choice.passed_over == (PassedOver("tensorrt", "cuda", why, "build it again"),)
 
 
 def test_nothing_is_imported_for_an_engine_that_is_not_chosen() -> None:
