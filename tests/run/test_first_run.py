@@ -11,9 +11,10 @@ import pytest
 
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.errors import ConfigurationError
-from dear_batch.machine import Driver, Gpu, Machine, gpus, machine
+from dear_batch.machine import Driver, Gpu, Machine, Package, gpus, machine
 from dear_batch.pointwise.rows import Batch
 from dear_batch.pointwise.selection import Choice
+from dear_batch.run import first_run
 from dear_batch.run.first_run import check_first_run
 from dear_batch.run.loading import Loaded, load_pointwise
 from dear_batch.run.watch import StoppedError, Watch
@@ -115,6 +116,31 @@ def test_what_could_change_scores_is_checked_again(loaded: Loaded) -> None:
     for change in changes:
         assert checked(loaded, **change) > 0
         assert checked(loaded, **change) == 0
+
+
+def test_machines_that_share_a_home_are_checked_each(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert checked(loaded) > 0
+    assert checked(loaded) == 0
+    monkeypatch.setattr(first_run, "__version__", "99.0")
+    assert checked(loaded) > 0
+
+
+def test_what_an_engine_runs_by_matters(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(loaded.machine, cuda_core=Package("cuda-core", "1.0.0", 13))
+    newer = replace(here, cuda_core=Package("cuda-core", "1.1.0", 13))
+    plan = Choice("tensorrt", "cuda:0", FULL)
+    assert checked(loaded, choice=plan, machine=here) > 0
+    assert checked(loaded, choice=plan, machine=newer) > 0
+    assert checked(loaded, choice=plan, machine=here) == 0
+    torch = Choice("torch", "cpu")
+    assert checked(loaded, choice=torch) > 0
+    assert checked(loaded, choice=torch) == 0
+    monkeypatch.setattr(first_run, "version", lambda _package: "99.0")
+    assert checked(loaded, choice=torch) > 0
+    assert checked(loaded) == 0  # ONNX Runtime runs by nothing else
 
 
 def test_the_driver_matters_on_a_gpu_alone(loaded: Loaded) -> None:
