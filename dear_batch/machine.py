@@ -192,12 +192,14 @@ def _driver_version() -> str | None:
 
 def _tensorrt(*, thorough: bool) -> Iterator[Package]:
     for name in FLAVOURS:
-        number = _version(name, name)
-        if number:
-            # The package of that name is empty but for its needs, such as tensorrt_cu13.
-            built = re.search(r"[_-]cu(\d+)", " ".join(requires(name) or ()))
-            fault = import_fault(name) if thorough else ""
-            yield Package(name, number, int(built[1]) if built else None, fault)
+        # The package of that name is empty but for its needs, such as tensorrt_cu13, which can
+        # be installed alone.
+        for package in (name, f"{name}_cu13", f"{name}_cu12"):
+            if number := _version(package, name):
+                built = re.search(r"[_-]cu(\d+)", " ".join((package, *(requires(package) or ()))))
+                fault = import_fault(name) if thorough else ""
+                yield Package(name, number, int(built[1]) if built else None, fault)
+                break
 
 
 def _cuda_core() -> Package | None:

@@ -120,6 +120,24 @@ def test_what_packages_were_built_for(tmp_path: Path) -> None:
     assert (trt_found["version"], trt_found["cuda"]) == ("10.13.3.9", 12)
 
 
+@pytest.mark.parametrize(
+    ("module", "package", "cuda"),
+    [
+        ("tensorrt", "tensorrt-cu12", 12),
+        ("tensorrt", "tensorrt_cu13", 13),
+        ("tensorrt_rtx", "tensorrt-rtx", None),
+        ("tensorrt_rtx", "tensorrt_rtx_cu12", 12),
+        ("tensorrt_rtx", "tensorrt-rtx-cu13", 13),
+    ],
+)
+def test_tensorrt_under_any_of_its_names(
+    module: str, package: str, cuda: int | None, tmp_path: Path
+) -> None:
+    installed(tmp_path, package, "10.13.3.9", {f"{module}/__init__.py": ""})
+    (found,) = facts_of(tmp_path)["tensorrt"]
+    assert found == {"name": module, "version": "10.13.3.9", "cuda": cuda, "fault": ""}
+
+
 def test_builds_for_cpus(tmp_path: Path) -> None:
     built = "package_name = 'onnxruntime'\n__version__ = '1.22.0'\n"
     ort = {"onnxruntime/__init__.py": "", "onnxruntime/capi/build_and_package_info.py": built}

@@ -184,10 +184,15 @@ def _of_plan(here: _Here, engine: Engine, package: Package | None, build: str) -
     if package is None:
         install = f"pip install 'dear-batch[{name}]' {name}=={engine.version}"
         return f"its engine is of {name} {engine.version}, which is not installed", install
-    if package.version != engine.version:
+    if _release(package.version) != _release(engine.version):
         why = f"its engine is of {name} {engine.version}, and {package.version} is installed"
         return why, build
     return tensorrt(here.machine, package, here.fault)
+
+
+def _release(version: str) -> str:
+    """A version as TensorRT itself says it: one packaged again is the same ("10.9.0.34.post1")."""
+    return re.sub(r"\.post\d+$", "", version)
 
 
 def _nothing(

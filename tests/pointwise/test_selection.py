@@ -104,6 +104,13 @@ def test_of_two_flavours_the_full_one() -> None:
     assert chosen(both, rtx, replace(FULL, version="10.12.0.1")).plan == rtx
 
 
+def test_a_tensorrt_that_was_packaged_again_is_the_same() -> None:
+    again = replace(SERVER, tensorrt=(Package("tensorrt", "10.13.3.9.post1", 13),))
+    assert chosen(again, FULL).plan == FULL
+    other = replace(SERVER, tensorrt=(Package("tensorrt", "10.13.3.90", 13),))
+    assert chosen(other, FULL).engine == "onnxruntime"
+
+
 def test_without_a_gpu_onnx_runtime_on_the_cpu() -> None:
     choice = chosen(CPU_ONLY, FULL)
     assert (choice.engine, choice.device, choice.plan) == ("onnxruntime", "cpu", None)
