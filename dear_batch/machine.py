@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer", ctypes.c_int, ctypes.c_size_t)
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 FLAVOURS = ("tensorrt", "tensorrt_rtx")  # the better one first
@@ -47,13 +48,15 @@ class Gpu:
 class Driver:
     """The NVIDIA driver: its version, the newest CUDA that it knows, and its GPUs.
 
-    `fault` says why there are none.
+    `fault` says why there are none, `visible` is what CUDA_VISIBLE_DEVICES leaves of them, None
+    where it is not set.
     """
 
     version: str | None = None
     cuda: tuple[int, int] | None = None
     gpus: tuple[Gpu, ...] = ()
     fault: str = ""
+    visible: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ def _driver() -> Driver:
             return Driver(fault="this machine has no NVIDIA driver")
         fault = f"the NVIDIA driver {known} is here, but its library libcuda.so.1 is not"
         return Driver(known, fault=fault)
-    return _driver_of(cuda, known)
+    return replace(_driver_of(cuda, known), visible=os.environ.get(VISIBLE))
 
 
 def _driver_of(cuda: Any, known: str | None) -> Driver:

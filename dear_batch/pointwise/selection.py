@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dear_batch.bundle import Bundle, Engine
 from dear_batch.errors import ConfigurationError
-from dear_batch.machine import FLAVOURS, Gpu, Machine, Package, import_fault
+from dear_batch.machine import FLAVOURS, VISIBLE, Gpu, Machine, Package, import_fault
 from dear_batch.pointwise.obstacles import RTX_TARGETS, Obstacle, gpu_of, on_cpu, on_cuda, tensorrt
 
 Chosen = Literal["tensorrt", "onnxruntime", "torch"]
@@ -126,11 +126,20 @@ def build_command(bundle: Bundle, machine: Machine, gpu: Gpu) -> str:
     """What makes an engine of the bundle for a GPU of this machine."""
     command = f"dear-batch export {quote(str(bundle.folder))} --engine tensorrt"
     installed = {package.name for package in machine.tensorrt}
-    if "tensorrt" in installed:
-        return command
-    if installed and gpu.sm in RTX_TARGETS:
+    if "tensorrt" not in installed and installed and gpu.sm in RTX_TARGETS:
         return f"{command} --target {gpu.sm}"
-    return f"pip install 'dear-batch[tensorrt]', then {command}"
+    install = "" if "tensorrt" in installed else "pip install 'dear-batch[tensorrt]', then "
+    return f"{install}{alone(machine, gpu)}{command}"
+
+
+def alone(machine: Machine, gpu: Gpu) -> str:
+    """What goes before a command that shall build for a GPU: TensorRT does for the first alone."""
+    if gpu.sm == machine.driver.gpus[0].sm:
+        return ""
+    names = (machine.driver.visible or "").split(",")
+    # The numbers are those of the GPUs that are visible now.
+    name = names[gpu.number].strip() if gpu.number < len(names) else gpu.number
+    return f"{VISIBLE}={name} "
 
 
 def _fit(here: _Here, engine: Chosen, kind: str, device: str) -> Choice | Obstacle:

@@ -129,6 +129,7 @@ def test_without_onnx_runtime_pytorch() -> None:
     assert (choice.engine, choice.device) == ("torch", "cuda:0")
 
 
+DEVICES = ("cuda:0", "cuda:1")
 EXPORT = "dear-batch export mine --engine tensorrt"
 
 
@@ -323,6 +324,29 @@ def test_a_gpu_by_its_number() -> None:
     error = refused(two, FULL, device="cuda:2")
     assert "there is no GPU cuda:2" in error.what
     assert "cuda:0, cuda:1" in error.next_step
+
+
+TWO = (H100, replace(L4, number=1))
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"), [(None, "1"), ("2,3", "3"), ("GPU-8f1, GPU-5c2", "GPU-5c2")]
+)
+def test_the_build_for_a_gpu_that_is_not_the_first(visible: str | None, name: str) -> None:
+    two = replace(SERVER, driver=Driver("580", (13, 0), TWO, visible=visible))
+    advice = {device: chosen(two, device=device).passed_over[0].next_step for device in DEVICES}
+    command = f"CUDA_VISIBLE_DEVICES={name} {EXPORT}"
+    assert advice == {"cuda:0": EXPORT, "cuda:1": command}
+    bare = chosen(replace(two, tensorrt=()), device="cuda:1").passed_over[0].next_step
+    assert bare == f"pip install 'dear-batch[tensorrt]', then {command}"
+
+
+def test_the_build_for_another_gpu_of_the_same_kind_or_ahead_of_time() -> None:
+    same = replace(SERVER, driver=Driver("580", (13, 0), (H100, replace(H100, number=1))))
+    assert chosen(same, device="cuda:1").passed_over[0].next_step == EXPORT
+    rtx = replace(SMALL, driver=Driver("580", (13, 0), TWO))
+    step = chosen(rtx, device="cuda:1").passed_over[0].next_step
+    assert step == f"{EXPORT} --target sm_89"
 
 
 def test_no_such_device() -> None:
