@@ -271,7 +271,7 @@ class TensorrtScorer:
             self._check(done=context.execute_async_v3(int(builder.stream.handle)))
             return builder.end_building().complete()
         finally:
-            builder.close()
+            builder.close()  # type: ignore[no-untyped-call,unused-ignore]
 
     def _check(self, *, done: bool) -> None:
         if not done:
