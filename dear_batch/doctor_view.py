@@ -80,9 +80,10 @@ def _engines(engines: list[Mapping[str, Any]]) -> Table:
 
 
 def _builds(builds: list[Mapping[str, Any]]) -> Table:
-    table = _table("TensorRT engines can be built here", "TensorRT", "for", "what helps")
+    table = _table("TensorRT engines can be built here", "TensorRT", "for", "why not", "what helps")
     for item in builds:
-        table.add_row(item["flavour"], ", ".join(item["targets"]) or "none", Text(item["next"]))
+        targets = ", ".join(item["targets"]) or "none"
+        table.add_row(item["flavour"], targets, Text(item["why"]), Text(item["next"]))
     return table
 
 

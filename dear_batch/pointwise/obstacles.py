@@ -3,7 +3,7 @@
 Decides from facts alone, so that any machine can be simulated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dear_batch.machine import LEAST_DRIVER, Gpu, Machine, Package
 
@@ -51,9 +51,26 @@ def tensorrt(machine: Machine, package: Package, fault: Callable[[str], str]) ->
             return "cuda-core, by which Python calls CUDA, is not installed", install
         if obstacle := _too_old(machine, needed):
             return obstacle
-    for module in (package.name, "cuda.core"):
+    return _unimportable(package, (package.name, "cuda.core"), fault)
+
+
+def building(machine: Machine, package: Package, fault: Callable[[str], str]) -> Obstacle | None:
+    """What keeps an installed TensorRT from building; the one for RTX needs no GPU for that."""
+    if package.name == "tensorrt":
+        if not machine.driver.gpus:
+            return "it builds for the GPU that is there", NO_GPU
+        if obstacle := _too_old(machine, package):
+            return obstacle
+    return _unimportable(package, (package.name,), fault)
+
+
+def _unimportable(
+    package: Package, modules: Sequence[str], fault: Callable[[str], str]
+) -> Obstacle | None:
+    install = f"pip install 'dear-batch[{package.name.replace('_', '-')}]' --force-reinstall"
+    for module in modules:
         if why := fault(module):
-            return f"{module} cannot be imported: {why}", f"{install} --force-reinstall"
+            return f"{module} cannot be imported: {why}", install
     return None
 
 
