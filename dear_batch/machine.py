@@ -48,8 +48,7 @@ class Gpu:
 class Driver:
     """The NVIDIA driver: its version, the newest CUDA that it knows, and its GPUs.
 
-    `fault` says why there are none, `visible` is what CUDA_VISIBLE_DEVICES leaves of them, None
-    where it is not set.
+    `fault` says why there are none, `visible` is CUDA_VISIBLE_DEVICES where that is set.
     """
 
     version: str | None = None
@@ -140,7 +139,9 @@ def _driver() -> Driver:
             return Driver(fault="this machine has no NVIDIA driver")
         fault = f"the NVIDIA driver {known} is here, but its library libcuda.so.1 is not"
         return Driver(known, fault=fault)
-    return replace(_driver_of(cuda, known), visible=os.environ.get(VISIBLE))
+    found, visible = _driver_of(cuda, known), os.environ.get(VISIBLE)
+    why = f"{found.fault}, with {VISIBLE}={visible!r}" if visible is not None else found.fault
+    return replace(found, fault=found.fault and why, visible=visible)
 
 
 def _driver_of(cuda: Any, known: str | None) -> Driver:
@@ -195,8 +196,7 @@ def _driver_version() -> str | None:
 
 def _tensorrt(*, thorough: bool) -> Iterator[Package]:
     for name in FLAVOURS:
-        # The package of that name is empty but for its needs, such as tensorrt_cu13, which can
-        # be installed alone.
+        # The first is empty but for its needs, the second or third; each can be there alone.
         for package in (name, f"{name}_cu13", f"{name}_cu12"):
             if number := _version(package, name):
                 built = re.search(r"[_-]cu(\d+)", " ".join((package, *(requires(package) or ()))))

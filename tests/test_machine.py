@@ -219,6 +219,23 @@ def test_a_driver_without_gpus(cuda: FakeCuda, fault: str) -> None:
     assert found == Driver("550.54.14", (12, 4), (), fault)
 
 
+@NO_GPU
+@pytest.mark.parametrize(
+    ("visible", "end"),
+    [("", ", with CUDA_VISIBLE_DEVICES=''"), ("7", ", with CUDA_VISIBLE_DEVICES='7'"), (None, "")],
+)
+def test_gpus_that_are_hidden(
+    visible: str | None, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: FakeCuda([], init=100))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    driver = machine().driver
+    assert driver.visible == visible
+    assert driver.fault == f"the NVIDIA driver says CUDA_ERROR_NO_DEVICE to cuInit{end}"
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

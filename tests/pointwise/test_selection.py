@@ -121,6 +121,16 @@ def test_without_a_gpu_onnx_runtime_on_the_cpu() -> None:
     assert all("nvidia-smi" in item.next_step for item in choice.passed_over)
 
 
+def test_gpus_that_are_hidden_are_to_be_shown() -> None:
+    hidden = Driver("580.65.06", (13, 0), fault="no device", visible="")
+    step = chosen(replace(SERVER, driver=hidden)).passed_over[0].next_step
+    assert step == "unset CUDA_VISIBLE_DEVICES, or name in it a GPU that nvidia-smi -L lists"
+    # Without a driver the variable is not what is wrong.
+    bare = chosen(replace(SERVER, driver=Driver(fault="no driver", visible="")))
+    assert "nvidia-smi" in bare.passed_over[0].next_step
+    assert "unset" not in bare.passed_over[0].next_step
+
+
 def test_without_onnx_runtime_pytorch() -> None:
     choice = chosen(replace(CPU_ONLY, onnxruntime=None))
     assert (choice.engine, choice.device) == ("torch", "cpu")
