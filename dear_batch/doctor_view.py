@@ -58,6 +58,8 @@ def _packages(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "TensorRT for RTX", _package(flavours.get("tensorrt_rtx"))
     yield "cuda-core", _package(machine.cuda_core)
     yield "ONNX Runtime", _package(machine.onnxruntime)
+    if machine.providers:
+        yield "its providers", ", ".join(machine.providers)
     yield "PyTorch", _package(machine.torch)
 
 

@@ -84,6 +84,7 @@ class Machine:
     cuda_core: Package | None = None
     onnxruntime: Package | None = None
     torch: Package | None = None
+    providers: tuple[str, ...] = ()  # ONNX Runtime's, as far as that was looked at
 
     def gpu(self, device: str) -> Gpu | None:
         """The GPU of "cuda" or "cuda:N", None for one that is not there."""
@@ -100,7 +101,7 @@ def machine(*, thorough: bool = False) -> Machine:
     """The facts of this machine.
 
     Whether CUDA loads in ONNX Runtime is looked at where there is a GPU, and with `thorough`,
-    which also imports TensorRT.
+    which also imports TensorRT and asks ONNX Runtime for its providers.
     """
     driver = _driver()
     return Machine(
@@ -113,6 +114,7 @@ def machine(*, thorough: bool = False) -> Machine:
         cuda_core=_cuda_core(),
         onnxruntime=_onnxruntime(loads_cuda=thorough or bool(driver.gpus)),
         torch=_torch(),
+        providers=_providers() if thorough else (),
     )
 
 
@@ -220,6 +222,15 @@ def _onnxruntime(*, loads_cuda: bool) -> Package | None:
     cuda = _major(_constant("onnxruntime", "capi/build_and_package_info.py", "cuda_version"))
     fault = _missing_library() if cuda and loads_cuda else ""
     return Package(name, number, cuda, fault)
+
+
+def _providers() -> tuple[str, ...]:
+    """What ONNX Runtime was built to compute with, the best first, whether or not it loads."""
+    with suppress(ImportError, OSError):
+        import onnxruntime
+
+        return tuple(onnxruntime.get_available_providers())
+    return ()
 
 
 def _missing_library() -> str:

@@ -29,6 +29,11 @@ def test_the_facts_of_this_machine() -> None:
     for package in here.tensorrt:
         assert package.version == version(package.name)
     assert bool(here.driver.gpus) != bool(here.driver.fault)
+    assert here.providers == ()
+
+
+def test_the_providers_of_onnx_runtime() -> None:
+    assert "CPUExecutionProvider" in machine(thorough=True).providers
 
 
 @NO_GPU
