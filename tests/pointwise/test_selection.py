@@ -9,6 +9,7 @@ import pytest
 from dear_batch.bundle import Bundle, Engine, Manifest, Source
 from dear_batch.errors import ConfigurationError
 from dear_batch.machine import Driver, Gpu, Machine, Package, gpus, machine
+from dear_batch.pointwise.obstacles import RTX_TARGETS
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
 from dear_batch.pointwise.selection import Choice, PassedOver, choose, refusal, told
@@ -410,3 +411,10 @@ def test_here_where_there_is_no_gpu(asked: dict[str, Any]) -> None:
     assert machine().driver.fault in caught.value.what
     assert "nvidia-smi" in caught.value.next_step
     assert caught.value.where == ""  # the same for every engine: said once
+
+
+def test_what_tensorrt_for_rtx_builds_for_is_what_it_says() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="it is asked")
+    from dear_batch.export.tensorrt import ahead_of_time
+
+    assert ahead_of_time("tensorrt_rtx") == RTX_TARGETS
