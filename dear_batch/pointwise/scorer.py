@@ -105,13 +105,15 @@ def _scored(
     """The planned batches, or parts of them, with their scores, in the order of the plan.
 
     Where memory runs out while several batches are under way, those that were begun before are
-    waited for, and the rest go one by one from then on: only what fails alone is halved. So the
-    scores do not depend on how many go at once.
+    waited for, and the rest go one by one from then on: only what was begun alone is halved. So
+    the scores do not depend on how many go at once.
     """
     most, fixed, at_once = sys.maxsize, scorer.layout.fixed_length, scorer.in_flight
     waiting, under_way = deque[Batch](), deque[tuple[Batch, Finish]]()
-    planned = iter(plan)
+    planned, together = iter(plan), at_once > 1
     while True:
+        # What was begun with others stays under way when all else goes alone.
+        together = at_once > 1 or (together and bool(under_way))
         free = len(under_way) < at_once
         if free and not waiting and (following := next(planned, None)):
             waiting.extend(smaller(following, most, fixed))
@@ -129,7 +131,7 @@ def _scored(
         if said is None:
             continue
         gc.collect()  # what a cycle still holds
-        if at_once > 1:  # nothing was halved yet: what waits is as it was planned
+        if together:  # nothing was halved yet: what waits is as it was planned
             at_once, planned = 1, chain(tuple(waiting), planned)
             waiting.clear()
             continue
