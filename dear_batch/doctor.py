@@ -13,7 +13,7 @@ from dear_batch.errors import ConfigurationError
 from dear_batch.log import error_parts
 from dear_batch.machine import FLAVOURS, Gpu, Machine, import_fault
 from dear_batch.pointwise import obstacles
-from dear_batch.pointwise.selection import ORDER, choose, told
+from dear_batch.pointwise.selection import ORDER, alone, choose, told
 
 Fields = dict[str, Any]
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -81,7 +81,7 @@ def examine(
     facts: Fields = {
         "machine": asdict(machine),
         "engines": list(_engines(machine, fault)),
-        "builds": list(_builds(machine)),
+        "builds": list(_builds(machine, fault)),
         "models": list(_models(machine)),
     }
     if bundle:
@@ -128,13 +128,32 @@ def _tensorrt(machine: Machine, gpu: Gpu, fault: Callable[[str], str]) -> obstac
     return found[0] if found else ("tensorrt is not installed", INSTALL["tensorrt"])
 
 
-def _builds(machine: Machine) -> Iterator[Fields]:
+def _builds(machine: Machine, fault: Callable[[str], str]) -> Iterator[Fields]:
     """What GPUs each TensorRT can build engines for here: CUDA's first one, or any of a list."""
-    installed = {package.name for package in machine.tensorrt}
-    own = tuple(gpu.sm for gpu in machine.driver.gpus[:1])
-    for name, targets in (("tensorrt", own), ("tensorrt_rtx", obstacles.RTX_TARGETS)):
-        found = targets if name in installed else ()
-        yield {"flavour": name, "targets": found, "next": "" if found else INSTALL[name]}
+    installed = {package.name: package for package in machine.tensorrt}
+    for name in FLAVOURS:
+        package = installed.get(name)
+        if package is None:
+            found: obstacles.Obstacle | None = ("it is not installed", INSTALL[name])
+        else:
+            found = obstacles.building(machine, package, fault)
+        targets: tuple[str, ...] = ()
+        why, next_step = found or ("", "")
+        if found is None and name == "tensorrt":
+            targets, next_step = (machine.driver.gpus[0].sm,), _for_others(machine)
+        elif found is None:
+            targets = obstacles.RTX_TARGETS
+        yield {"flavour": name, "targets": targets, "why": why, "next": next_step}
+
+
+def _for_others(machine: Machine) -> str:
+    """How to build for GPUs of other kinds than the first."""
+    others = {gpu.sm: (alone(machine, gpu), gpu) for gpu in machine.driver.gpus}
+    return "; ".join(
+        f"{setting}dear-batch export ... builds for cuda:{gpu.number} ({gpu.sm})"
+        for setting, gpu in others.values()
+        if setting
+    )
 
 
 def _models(machine: Machine) -> Iterator[Fields]:

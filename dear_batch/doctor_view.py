@@ -58,6 +58,8 @@ def _packages(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "TensorRT for RTX", _package(flavours.get("tensorrt_rtx"))
     yield "cuda-core", _package(machine.cuda_core)
     yield "ONNX Runtime", _package(machine.onnxruntime)
+    if machine.providers:
+        yield "its providers", ", ".join(machine.providers)
     yield "PyTorch", _package(machine.torch)
 
 
@@ -80,9 +82,10 @@ def _engines(engines: list[Mapping[str, Any]]) -> Table:
 
 
 def _builds(builds: list[Mapping[str, Any]]) -> Table:
-    table = _table("TensorRT engines can be built here", "TensorRT", "for", "what helps")
+    table = _table("TensorRT engines can be built here", "TensorRT", "for", "why not", "what helps")
     for item in builds:
-        table.add_row(item["flavour"], ", ".join(item["targets"]) or "none", Text(item["next"]))
+        targets = ", ".join(item["targets"]) or "none"
+        table.add_row(item["flavour"], targets, Text(item["why"]), Text(item["next"]))
     return table
 
 

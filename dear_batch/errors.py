@@ -78,6 +78,10 @@ class ConfigurationError(DearBatchError):
     exit_code = 78
 
 
+class EngineRefusedError(ConfigurationError):
+    """An engine that was chosen cannot be loaded here after all; another one may be."""
+
+
 def too_little_memory(purpose: str, where: str) -> TryAgainError:
     """The error where no smaller step is left to take."""
     return TryAgainError(

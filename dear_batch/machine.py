@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer", ctypes.c_int, ctypes.c_size_t)
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 FLAVOURS = ("tensorrt", "tensorrt_rtx")  # the better one first
@@ -47,13 +48,14 @@ class Gpu:
 class Driver:
     """The NVIDIA driver: its version, the newest CUDA that it knows, and its GPUs.
 
-    `fault` says why there are none.
+    `fault` says why there are none, `visible` is CUDA_VISIBLE_DEVICES where that is set.
     """
 
     version: str | None = None
     cuda: tuple[int, int] | None = None
     gpus: tuple[Gpu, ...] = ()
     fault: str = ""
+    visible: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class Machine:
     cuda_core: Package | None = None
     onnxruntime: Package | None = None
     torch: Package | None = None
+    providers: tuple[str, ...] = ()  # ONNX Runtime's, as far as that was looked at
 
     def gpu(self, device: str) -> Gpu | None:
         """The GPU of "cuda" or "cuda:N", None for one that is not there."""
@@ -98,7 +101,7 @@ def machine(*, thorough: bool = False) -> Machine:
     """The facts of this machine.
 
     Whether CUDA loads in ONNX Runtime is looked at where there is a GPU, and with `thorough`,
-    which also imports TensorRT.
+    which also imports TensorRT and asks ONNX Runtime for its providers.
     """
     driver = _driver()
     return Machine(
@@ -111,6 +114,7 @@ def machine(*, thorough: bool = False) -> Machine:
         cuda_core=_cuda_core(),
         onnxruntime=_onnxruntime(loads_cuda=thorough or bool(driver.gpus)),
         torch=_torch(),
+        providers=_providers() if thorough else (),
     )
 
 
@@ -137,7 +141,9 @@ def _driver() -> Driver:
             return Driver(fault="this machine has no NVIDIA driver")
         fault = f"the NVIDIA driver {known} is here, but its library libcuda.so.1 is not"
         return Driver(known, fault=fault)
-    return _driver_of(cuda, known)
+    found, visible = _driver_of(cuda, known), os.environ.get(VISIBLE)
+    why = f"{found.fault}, with {VISIBLE}={visible!r}" if visible is not None else found.fault
+    return replace(found, fault=found.fault and why, visible=visible)
 
 
 def _driver_of(cuda: Any, known: str | None) -> Driver:
@@ -192,12 +198,13 @@ def _driver_version() -> str | None:
 
 def _tensorrt(*, thorough: bool) -> Iterator[Package]:
     for name in FLAVOURS:
-        number = _version(name, name)
-        if number:
-            # The package of that name is empty but for its needs, such as tensorrt_cu13.
-            built = re.search(r"[_-]cu(\d+)", " ".join(requires(name) or ()))
-            fault = import_fault(name) if thorough else ""
-            yield Package(name, number, int(built[1]) if built else None, fault)
+        # The first is empty but for its needs, the second or third; each can be there alone.
+        for package in (name, f"{name}_cu13", f"{name}_cu12"):
+            if number := _version(package, name):
+                built = re.search(r"[_-]cu(\d+)", " ".join((package, *(requires(package) or ()))))
+                fault = import_fault(name) if thorough else ""
+                yield Package(name, number, int(built[1]) if built else None, fault)
+                break
 
 
 def _cuda_core() -> Package | None:
@@ -215,6 +222,15 @@ def _onnxruntime(*, loads_cuda: bool) -> Package | None:
     cuda = _major(_constant("onnxruntime", "capi/build_and_package_info.py", "cuda_version"))
     fault = _missing_library() if cuda and loads_cuda else ""
     return Package(name, number, cuda, fault)
+
+
+def _providers() -> tuple[str, ...]:
+    """What ONNX Runtime was built to compute with, the best first, whether or not it loads."""
+    with suppress(ImportError, OSError):
+        import onnxruntime
+
+        return tuple(onnxruntime.get_available_providers())
+    return ()
 
 
 def _missing_library() -> str:

@@ -93,6 +93,32 @@ def test_what_can_be_built() -> None:
     assert "sm_89" in builds(ahead)["tensorrt_rtx"]
 
 
+def test_what_is_installed_and_cannot_build() -> None:
+    ahead = replace(CPU_ONLY, tensorrt=(Package("tensorrt_rtx", "1.7", 13),))
+    broken = examine(ahead, fault=lambda name: f"ImportError: {name}")["builds"][1]
+    assert (broken["targets"], broken["why"]) == (
+        (),
+        "tensorrt_rtx cannot be imported: ImportError: tensorrt_rtx",
+    )
+    assert broken["next"] == "pip install 'dear-batch[tensorrt-rtx]' --force-reinstall"
+    nowhere = examined(replace(SERVER, driver=CPU_ONLY.driver))["builds"][0]
+    assert nowhere["targets"] == ()
+    assert "nvidia-smi" in nowhere["next"]
+    old = examined(replace(SERVER, driver=OLD_DRIVER))["builds"][0]
+    assert old["targets"] == ()
+    assert "580.65.06 or newer" in old["next"]
+
+
+def test_what_builds_for_a_second_gpu() -> None:
+    gpus = (*SERVER.driver.gpus, replace(L4, number=1))
+    two = replace(SERVER, driver=replace(SERVER.driver, gpus=gpus))
+    first = examined(two)["builds"][0]
+    assert first["targets"] == ("sm_90",)
+    assert first["next"] == (
+        "CUDA_VISIBLE_DEVICES=1 dear-batch export ... builds for cuda:1 (sm_89)"
+    )
+
+
 def fits(here: Machine, device: str) -> set[tuple[str, str]]:
     models = examined(here)["models"]
     return {(m["model"], m["precision"]) for m in models if m["device"] == device and m["fits"]}

@@ -29,6 +29,11 @@ def test_the_facts_of_this_machine() -> None:
     for package in here.tensorrt:
         assert package.version == version(package.name)
     assert bool(here.driver.gpus) != bool(here.driver.fault)
+    assert here.providers == ()
+
+
+def test_the_providers_of_onnx_runtime() -> None:
+    assert "CPUExecutionProvider" in machine(thorough=True).providers
 
 
 @NO_GPU
@@ -120,6 +125,24 @@ def test_what_packages_were_built_for(tmp_path: Path) -> None:
     assert (trt_found["version"], trt_found["cuda"]) == ("10.13.3.9", 12)
 
 
+@pytest.mark.parametrize(
+    ("module", "package", "cuda"),
+    [
+        ("tensorrt", "tensorrt-cu12", 12),
+        ("tensorrt", "tensorrt_cu13", 13),
+        ("tensorrt_rtx", "tensorrt-rtx", None),
+        ("tensorrt_rtx", "tensorrt_rtx_cu12", 12),
+        ("tensorrt_rtx", "tensorrt-rtx-cu13", 13),
+    ],
+)
+def test_tensorrt_under_any_of_its_names(
+    module: str, package: str, cuda: int | None, tmp_path: Path
+) -> None:
+    installed(tmp_path, package, "10.13.3.9", {f"{module}/__init__.py": ""})
+    (found,) = facts_of(tmp_path)["tensorrt"]
+    assert found == {"name": module, "version": "10.13.3.9", "cuda": cuda, "fault": ""}
+
+
 def test_builds_for_cpus(tmp_path: Path) -> None:
     built = "package_name = 'onnxruntime'\n__version__ = '1.22.0'\n"
     ort = {"onnxruntime/__init__.py": "", "onnxruntime/capi/build_and_package_info.py": built}
@@ -199,6 +222,23 @@ def test_the_gpus_that_a_driver_names() -> None:
 def test_a_driver_without_gpus(cuda: FakeCuda, fault: str) -> None:
     found = module._driver_of(cuda, "550.54.14")
     assert found == Driver("550.54.14", (12, 4), (), fault)
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("visible", "end"),
+    [("", ", with CUDA_VISIBLE_DEVICES=''"), ("7", ", with CUDA_VISIBLE_DEVICES='7'"), (None, "")],
+)
+def test_gpus_that_are_hidden(
+    visible: str | None, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: FakeCuda([], init=100))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    driver = machine().driver
+    assert driver.visible == visible
+    assert driver.fault == f"the NVIDIA driver says CUDA_ERROR_NO_DEVICE to cuInit{end}"
 
 
 @pytest.mark.parametrize(

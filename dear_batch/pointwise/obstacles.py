@@ -3,9 +3,9 @@
 Decides from facts alone, so that any machine can be simulated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from dear_batch.machine import LEAST_DRIVER, Gpu, Machine, Package
+from dear_batch.machine import LEAST_DRIVER, VISIBLE, Gpu, Machine, Package
 
 Obstacle = tuple[str, str]  # why not, and what helps
 
@@ -13,6 +13,7 @@ NO_GPU = (
     "with an NVIDIA GPU here, install its driver, or start the container with --gpus all; "
     "nvidia-smi shows whether that worked"
 )
+HIDDEN = f"unset {VISIBLE}, or name in it a GPU that nvidia-smi -L lists"
 # What TensorRT for RTX builds for ahead of time; Hopper (sm_90) needs the full TensorRT.
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 
@@ -20,7 +21,8 @@ RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 def gpu_of(machine: Machine, device: str) -> Gpu | Obstacle:
     """The GPU of "auto", "cuda" or "cuda:N"."""
     if not machine.driver.gpus:
-        return machine.driver.fault, NO_GPU
+        hidden = machine.driver.cuda and machine.driver.visible is not None
+        return machine.driver.fault, HIDDEN if hidden else NO_GPU
     found = machine.gpu("cuda" if device == "auto" else device)
     if found is None:
         numbers = ", ".join(f"cuda:{gpu.number}" for gpu in machine.driver.gpus)
@@ -51,9 +53,26 @@ def tensorrt(machine: Machine, package: Package, fault: Callable[[str], str]) ->
             return "cuda-core, by which Python calls CUDA, is not installed", install
         if obstacle := _too_old(machine, needed):
             return obstacle
-    for module in (package.name, "cuda.core"):
+    return _unimportable(package, (package.name, "cuda.core"), fault)
+
+
+def building(machine: Machine, package: Package, fault: Callable[[str], str]) -> Obstacle | None:
+    """What keeps an installed TensorRT from building; the one for RTX needs no GPU for that."""
+    if package.name == "tensorrt":
+        if not machine.driver.gpus:
+            return "it builds for the GPU that is there", NO_GPU
+        if obstacle := _too_old(machine, package):
+            return obstacle
+    return _unimportable(package, (package.name,), fault)
+
+
+def _unimportable(
+    package: Package, modules: Sequence[str], fault: Callable[[str], str]
+) -> Obstacle | None:
+    install = f"pip install 'dear-batch[{package.name.replace('_', '-')}]' --force-reinstall"
+    for module in modules:
         if why := fault(module):
-            return f"{module} cannot be imported: {why}", f"{install} --force-reinstall"
+            return f"{module} cannot be imported: {why}", install
     return None
 
 

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dear_batch.errors import ConfigurationError, TryAgainError, too_little_memory
+from dear_batch.errors import (
+    ConfigurationError,
+    EngineRefusedError,
+    TryAgainError,
+    too_little_memory,
+)
 from dear_batch.pointwise.recipe import EncodedPair
 from dear_batch.pointwise.rows import Batch, Layout, batches, smaller
 
@@ -100,13 +105,15 @@ def _scored(
     """The planned batches, or parts of them, with their scores, in the order of the plan.
 
     Where memory runs out while several batches are under way, those that were begun before are
-    waited for, and the rest go one by one from then on: only what fails alone is halved. So the
-    scores do not depend on how many go at once.
+    waited for, and the rest go one by one from then on: only what was begun alone is halved. So
+    the scores do not depend on how many go at once.
     """
     most, fixed, at_once = sys.maxsize, scorer.layout.fixed_length, scorer.in_flight
     waiting, under_way = deque[Batch](), deque[tuple[Batch, Finish]]()
-    planned = iter(plan)
+    planned, together = iter(plan), at_once > 1
     while True:
+        # What was begun with others stays under way when all else goes alone.
+        together = at_once > 1 or (together and bool(under_way))
         free = len(under_way) < at_once
         if free and not waiting and (following := next(planned, None)):
             waiting.extend(smaller(following, most, fixed))
@@ -124,7 +131,7 @@ def _scored(
         if said is None:
             continue
         gc.collect()  # what a cycle still holds
-        if at_once > 1:  # nothing was halved yet: what waits is as it was planned
+        if together:  # nothing was halved yet: what waits is as it was planned
             at_once, planned = 1, chain(tuple(waiting), planned)
             waiting.clear()
             continue
@@ -189,8 +196,9 @@ def open_scorer(
     """Load a pointwise bundle into the engine that was chosen for it.
 
     Raises:
-        ConfigurationError: not a pointwise bundle, a budget below the recipe's longest pair or
-            beyond what an engine was built for, or an engine that cannot be loaded.
+        ConfigurationError: not a pointwise bundle, or a budget below the recipe's longest pair or
+            beyond what an engine was built for.
+        EngineRefusedError: the engine cannot be loaded.
         TrustError: what was loaded is not what the manifest names.
         TryAgainError: there is no memory for the model.
     """
@@ -206,6 +214,9 @@ def open_scorer(
     except MemoryError as error:
         where = f"device {choice.device}: {error}"
         raise too_little_memory(f"load {bundle.folder}", where) from error
+    except ConfigurationError as error:
+        parts = {"where": error.where, "valid": error.valid, "next_step": error.next_step}
+        raise EngineRefusedError(error.what, **parts) from error
     layout = scorer.layout
     scorer.layout = replace(
         layout,

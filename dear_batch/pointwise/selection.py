@@ -5,7 +5,7 @@ out, last of all, whether Python can import it. Opens no plan and no graph.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from shlex import quote
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dear_batch.bundle import Bundle, Engine
 from dear_batch.errors import ConfigurationError
-from dear_batch.machine import FLAVOURS, Gpu, Machine, Package, import_fault
+from dear_batch.machine import FLAVOURS, VISIBLE, Gpu, Machine, Package, import_fault
 from dear_batch.pointwise.obstacles import RTX_TARGETS, Obstacle, gpu_of, on_cpu, on_cuda, tensorrt
 
 Chosen = Literal["tensorrt", "onnxruntime", "torch"]
@@ -69,6 +69,7 @@ class _Here:
     bundle: Bundle
     machine: Machine
     fault: Callable[[str], str]
+    refusals: Sequence[PassedOver]
 
 
 def choose(
@@ -76,12 +77,14 @@ def choose(
     machine: Machine,
     engine: EngineName = "auto",
     device: str = "auto",
+    *,
     fault: Callable[[str], str] = import_fault,
+    refusals: Sequence[PassedOver] = (),
 ) -> Choice:
     """The best engine for a pointwise bundle on a machine.
 
     `engine` and `device` leave those out that were not asked for; `fault` says why a module
-    cannot be imported.
+    cannot be imported; `refusals` are engines that were chosen before and did not load.
 
     Raises:
         ConfigurationError: a listwise bundle, or nothing that was asked for can run here.
@@ -89,16 +92,24 @@ def choose(
     if not DEVICE.fullmatch(device):
         raise ConfigurationError(f"There is no device {device!r}.", valid=DEVICES)
     bundle.recipe  # noqa: B018 - raises where there is none
-    here = _Here(bundle, machine, fault)
+    here = _Here(bundle, machine, fault, refusals)
+    refused = {(item.engine, item.device): (item.why, item.next_step) for item in refusals}
     passed_over = list[PassedOver]()
     for name, kind in ORDER:
         if engine not in ("auto", name) or (kind == "cpu" and device.startswith("cuda")):
             continue
-        found = _fit(here, name, kind, device)
+        found = refused.get((name, kind)) or _fit(here, name, kind, device)
         if isinstance(found, Choice):
             return Choice(found.engine, found.device, found.plan, tuple(passed_over))
         passed_over.append(PassedOver(name, kind, *found))
     raise _nothing(here, engine, device, passed_over)
+
+
+def refusal(choice: Choice, error: ConfigurationError) -> PassedOver:
+    """A choice that could not be loaded, as one to pass over when choosing again."""
+    why = error.what.rstrip(".") + (f": {error.where}" if error.where else "")
+    kind = choice.device.partition(":")[0]
+    return PassedOver(choice.engine, kind, why, error.next_step or error.valid)
 
 
 def told(choice: Choice) -> dict[str, Any]:
@@ -115,11 +126,20 @@ def build_command(bundle: Bundle, machine: Machine, gpu: Gpu) -> str:
     """What makes an engine of the bundle for a GPU of this machine."""
     command = f"dear-batch export {quote(str(bundle.folder))} --engine tensorrt"
     installed = {package.name for package in machine.tensorrt}
-    if "tensorrt" in installed:
-        return command
-    if installed and gpu.sm in RTX_TARGETS:
+    if "tensorrt" not in installed and installed and gpu.sm in RTX_TARGETS:
         return f"{command} --target {gpu.sm}"
-    return f"pip install 'dear-batch[tensorrt]', then {command}"
+    install = "" if "tensorrt" in installed else "pip install 'dear-batch[tensorrt]', then "
+    return f"{install}{alone(machine, gpu)}{command}"
+
+
+def alone(machine: Machine, gpu: Gpu) -> str:
+    """What goes before a command that shall build for a GPU: TensorRT does for the first alone."""
+    if gpu.sm == machine.driver.gpus[0].sm:
+        return ""
+    names = (machine.driver.visible or "").split(",")
+    # The numbers are those of the GPUs that are visible now.
+    name = names[gpu.number].strip() if gpu.number < len(names) else gpu.number
+    return f"{VISIBLE}={name} "
 
 
 def _fit(here: _Here, engine: Chosen, kind: str, device: str) -> Choice | Obstacle:
@@ -173,10 +193,15 @@ def _of_plan(here: _Here, engine: Engine, package: Package | None, build: str) -
     if package is None:
         install = f"pip install 'dear-batch[{name}]' {name}=={engine.version}"
         return f"its engine is of {name} {engine.version}, which is not installed", install
-    if package.version != engine.version:
+    if _release(package.version) != _release(engine.version):
         why = f"its engine is of {name} {engine.version}, and {package.version} is installed"
         return why, build
     return tensorrt(here.machine, package, here.fault)
+
+
+def _release(version: str) -> str:
+    """A version as TensorRT itself says it: one packaged again is the same ("10.9.0.34.post1")."""
+    return re.sub(r"\.post\d+$", "", version)
 
 
 def _nothing(
@@ -189,7 +214,7 @@ def _nothing(
     valid = ""
     if asked:
         with suppress(ConfigurationError):
-            other = choose(here.bundle, here.machine, fault=here.fault)
+            other = choose(here.bundle, here.machine, fault=here.fault, refusals=here.refusals)
             kind = other.device.partition(":")[0]
             valid = f"--engine {other.engine} --device {kind}, which runs here"
     # Of those that ask least of the machine: why the CPU, where it was allowed, will not do.

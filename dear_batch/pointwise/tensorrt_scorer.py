@@ -132,7 +132,7 @@ class TensorrtScorer:
         self.layout, self.precision = layout(profiles), precision
         self.device = f"cuda:{device.device_id}"
         self._loaded, self._profiles, self._pad_id = loaded, profiles, recipe.pad_id
-        self._device = device
+        self._device, self._captures = device, loaded.graphs
         self._compute, self._copies = device.create_stream(), device.create_stream()
         in_bytes = max(places(_largest(profile))[1] for profile in profiles)
         out_bytes = 4 * max(profile.documents.most for profile in profiles)
@@ -206,17 +206,32 @@ class TensorrtScorer:
             found[0].launch(self._compute)
             return
         memory = self._memory_for(index)
-        if self._loaded.graphs and key in self._seen:
-            # A captured graph needs a context of its own, which has run once in that shape
-            # (NVIDIA TensorRT documentation, "CUDA Graphs").
-            context = self._new_context(index)
-            self._enqueue(context, shape, memory)
-            self._graphs.add(key, (self._captured(context), context))
-            return
+        if self._captures and key in self._seen:
+            if self._run_and_capture(key, memory):
+                return
+            # Graphs are a help alone: without them there is memory as there was before.
+            self._captures = False
+            self._graphs.clear()
         self._seen.add(key)
         if index not in self._contexts:
             self._contexts[index] = self._new_context(index)
         self._enqueue(self._contexts[index], shape, memory)
+
+    def _run_and_capture(self, key: tuple[int, Shape], memory: "Buffer") -> bool:
+        """Compute a batch and keep how as a CUDA graph; False if there is no memory for that.
+
+        A captured graph needs a context of its own, which has run once in that shape (NVIDIA
+        TensorRT documentation, "CUDA Graphs").
+        """
+        try:
+            with memory_errors(self._loaded.said):
+                context = self._new_context(key[0])
+                self._enqueue(context, key[1], memory)
+                captured = self._captured(context)
+        except MemoryError:
+            return False
+        self._graphs.add(key, (captured, context))
+        return True
 
     def _new_context(self, index: int) -> "trt.IExecutionContext":
         context = self._loaded.new_context()
@@ -251,9 +266,12 @@ class TensorrtScorer:
     def _captured(self, context: "trt.IExecutionContext") -> "Graph":
         """What the context did last, as a CUDA graph. Captured on a stream of its own."""
         builder = self._device.create_graph_builder()
-        builder.begin_building()
-        self._check(done=context.execute_async_v3(int(builder.stream.handle)))
-        return builder.end_building().complete()
+        try:
+            builder.begin_building()
+            self._check(done=context.execute_async_v3(int(builder.stream.handle)))
+            return builder.end_building().complete()
+        finally:
+            builder.close()  # type: ignore[no-untyped-call,unused-ignore]
 
     def _check(self, *, done: bool) -> None:
         if not done:

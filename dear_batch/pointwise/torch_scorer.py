@@ -67,13 +67,17 @@ class TorchScorer:
             TrustError: the bundle was changed while it was being loaded.
             MemoryError: there is not enough for the weights.
         """
-        if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        number = None if device == "cpu" else int(device.partition(":")[2] or 0)
+        if number is not None and number >= torch.cuda.device_count():
             raise ConfigurationError(
                 f"PyTorch finds no GPU for --device {device}.",
                 valid=f"--device cpu, or one of {torch.cuda.device_count()} GPUs",
                 next_step="dear-batch doctor",
             )
         with memory_errors():
+            if number is not None:
+                # Pinned memory is of the current GPU: the first would get a context for nothing.
+                torch.cuda.set_device(number)
             dtype = torch.float32 if device == "cpu" else torch.bfloat16
             model = model_from_bundle(bundle, device, dtype)
             bundle.check_unchanged()

@@ -1,18 +1,23 @@
 """The first time that an engine runs on a machine: does it score as PyTorch did at export?
 
 Wrong kernels on a new driver are real. The package's own pairs are scored and compared with the
-scores in the bundle's manifest; what agreed is remembered in the user's cache folder, by model,
-engine and its version, plan, device and driver. What did not is never remembered.
+scores in the bundle's manifest; what agreed is remembered in the user's cache folder, by host,
+model, engine and the versions of what it runs by, plan, device and driver. What did not is never
+remembered.
 """
 
 import hashlib
 import json
+import socket
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
+from dear_batch import __version__
 from dear_batch.bundle import Bundle
 from dear_batch.errors import ConfigurationError
 from dear_batch.machine import Machine
@@ -73,14 +78,27 @@ def _facts(bundle: Bundle, scorer: Scorer, choice: Choice, machine: Machine) -> 
     """What the scores depend on, and the cache is keyed by."""
     on_cpu = scorer.device == "cpu"
     return {
+        "host": socket.gethostname(),  # homes are shared by machines
+        "tool": f"dear-batch {__version__}",
         "bundle_sha256": bundle.sha256,
         "engine": scorer.engine,
         "engine_version": choice.engine_version(machine),
+        "beside": _beside(choice, machine),
         "plan_sha256": choice.plan.sha256 if choice.plan else None,
         "precision": scorer.precision,
         "device": machine.device_name(scorer.device),
         "driver": None if on_cpu else machine.driver.version,
     }
+
+
+def _beside(choice: Choice, machine: Machine) -> str | None:
+    """The package by which an engine runs a model, beside its own, and its version."""
+    if choice.engine == "torch":
+        with suppress(PackageNotFoundError):
+            return f"transformers {version('transformers')}"
+    if choice.engine == "tensorrt" and machine.cuda_core:
+        return f"cuda-core {machine.cuda_core.version}"
+    return None
 
 
 def _known() -> dict[str, Any]:

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dear_batch.bundle import Bundle, open_bundle
+from dear_batch.errors import EngineRefusedError
 from dear_batch.machine import Machine, machine
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer, open_scorer
-from dear_batch.pointwise.selection import Choice, choose, told
+from dear_batch.pointwise.selection import Choice, PassedOver, choose, refusal, told
 from dear_batch.run.first_run import check_first_run
 from dear_batch.run.watch import Watch
 from dear_batch.specs import ExecutionSpec
@@ -42,14 +43,29 @@ def load_pointwise(
     execution, watch = execution or ExecutionSpec(), watch or Watch()
     bundle = open_bundle(folder, task="pointwise", paranoid=execution.paranoid)
     facts = here()
-    choice = choose(bundle, facts, execution.engine, execution.device)
-    watch.log("engine", **told(choice))
-    watch.check()
-    budgets = {"row_tokens": execution.row_tokens, "batch_tokens": execution.batch_tokens}
-    scorer = open_scorer(bundle, choice, **budgets)
+    choice, scorer = _opened(bundle, facts, execution, watch)
     encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
     bundle.check_unchanged()
     parity = check_first_run(bundle, scorer, encoder, choice, facts, beat=watch.check)
     if parity:
         watch.log("first-run-parity", **asdict(parity))
     return Loaded(bundle, encoder, scorer, choice, facts)
+
+
+def _opened(
+    bundle: Bundle, facts: Machine, execution: ExecutionSpec, watch: Watch
+) -> tuple[Choice, Scorer]:
+    """The best engine that loads; one that was asked for by name loads, or that is an error."""
+    budgets = {"row_tokens": execution.row_tokens, "batch_tokens": execution.batch_tokens}
+    refusals = list[PassedOver]()
+    while True:
+        choice = choose(bundle, facts, execution.engine, execution.device, refusals=refusals)
+        watch.log("engine", **told(choice))
+        watch.check()
+        try:
+            return choice, open_scorer(bundle, choice, **budgets)
+        except EngineRefusedError as error:
+            if execution.engine != "auto":
+                raise
+            refusals.append(refusal(choice, error))
+        watch.log("engine-refused", level="warning", **asdict(refusals[-1]))

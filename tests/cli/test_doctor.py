@@ -23,6 +23,7 @@ def test_tables_for_people(folder: Path) -> None:
     assert here.onnxruntime
     for expected in (here.cpu, here.onnxruntime.version, "dear-8b-reranker", "passed over"):
         assert expected in text
+    assert "CPUExecutionProvider" in text
     if not here.driver.gpus:
         assert here.driver.fault in text
         assert "nvidia-smi" in text
@@ -35,6 +36,7 @@ def test_one_line_of_json(folder: Path) -> None:
     found = json.loads(line)
     assert set(found) == {"machine", "engines", "builds", "models", "bundle"}
     assert found["machine"]["platform"] == machine().platform
+    assert "CPUExecutionProvider" in found["machine"]["providers"]
     assert done.stderr == ""
 
 

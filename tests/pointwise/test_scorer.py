@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from dear_batch.bundle import Engine, open_bundle
 from dear_batch.errors import ConfigurationError, TryAgainError
 from dear_batch.pointwise.profiles import lay_out
 from dear_batch.pointwise.recipe import EncodedPair, PairEncoder
-from dear_batch.pointwise.rows import Batch
+from dear_batch.pointwise.rows import Batch, Layout, packed_arrays
 from dear_batch.pointwise.scorer import Finish, OneAtATime, Scorer, open_scorer, score_pairs
 from dear_batch.pointwise.selection import Choice
 from tests.conftest import collection_queries, collection_texts
@@ -188,6 +189,37 @@ def test_scores_do_not_depend_on_how_many_batches_go_at_once(
     assert len(limits) >= (tokens < 1000)
     if tokens == 10**6:
         assert max(together.asked) > max(alone.asked)  # two were under way
+
+
+class Sums(OneAtATime):
+    """Scores without a model."""
+
+    layout, engine, device, precision = Layout(True, 256, 512), "sums", "cpu", "fp32"
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        arrays = packed_arrays(batch, 0)
+        return arrays.tokens_RT.ravel()[arrays.pooled_N].astype(np.float32)
+
+
+@pytest.mark.parametrize("in_flight", [2, 3, 5])
+@pytest.mark.parametrize("late", [0, 4, 8, 1000])
+@pytest.mark.parametrize("tokens", [600, 1100, 1600, 2100])
+def test_only_what_fails_alone_is_halved(in_flight: int, late: int, tokens: int) -> None:
+    rng = np.random.default_rng(0)
+    pairs = [
+        EncodedPair(np.full(5, 1, np.int32), rng.integers(0, 999, n, dtype=np.int32), False)
+        for n in rng.integers(10, 200, 200)
+    ]
+    scorer: Any = Sums()
+    expected_N = score_pairs(scorer, pairs)
+    together, limits = TwoAtOnce(scorer, tokens, late), list[int]()
+    together.in_flight = in_flight
+    np.testing.assert_array_equal(
+        score_pairs(together, pairs, backed_off=limits.append), expected_N
+    )
+    assert max(together.asked) > tokens or in_flight * 512 <= tokens
+    assert limits == []  # there is memory for each of them alone
+    assert not together.under_way
 
 
 def test_below_a_single_pair_the_others_are_waited_for(bundle: Make) -> None:

@@ -9,10 +9,11 @@ import pytest
 from dear_batch.bundle import Bundle, Engine, Manifest, Source
 from dear_batch.errors import ConfigurationError
 from dear_batch.machine import Driver, Gpu, Machine, Package, gpus, machine
+from dear_batch.pointwise.obstacles import RTX_TARGETS
 from dear_batch.pointwise.own_pairs import N_OWN_PAIRS
 from dear_batch.pointwise.profiles import Profile, Span
 from dear_batch.pointwise.recipe import Recipe
-from dear_batch.pointwise.selection import Choice, choose, told
+from dear_batch.pointwise.selection import Choice, PassedOver, choose, refusal, told
 
 SPAN = Span(1, 1, 512)
 FULL = Engine(
@@ -106,6 +107,13 @@ def test_of_two_flavours_the_full_one() -> None:
     assert chosen(both, rtx, replace(FULL, version="10.12.0.1")).plan == rtx
 
 
+def test_a_tensorrt_that_was_packaged_again_is_the_same() -> None:
+    again = replace(SERVER, tensorrt=(Package("tensorrt", "10.13.3.9.post1", 13),))
+    assert chosen(again, FULL).plan == FULL
+    other = replace(SERVER, tensorrt=(Package("tensorrt", "10.13.3.90", 13),))
+    assert chosen(other, FULL).engine == "onnxruntime"
+
+
 def test_without_a_gpu_onnx_runtime_on_the_cpu() -> None:
     choice = chosen(CPU_ONLY, FULL)
     assert (choice.engine, choice.device, choice.plan) == ("onnxruntime", "cpu", None)
@@ -116,6 +124,16 @@ def test_without_a_gpu_onnx_runtime_on_the_cpu() -> None:
     assert all("nvidia-smi" in item.next_step for item in choice.passed_over)
 
 
+def test_gpus_that_are_hidden_are_to_be_shown() -> None:
+    hidden = Driver("580.65.06", (13, 0), fault="no device", visible="")
+    step = chosen(replace(SERVER, driver=hidden)).passed_over[0].next_step
+    assert step == "unset CUDA_VISIBLE_DEVICES, or name in it a GPU that nvidia-smi -L lists"
+    # Without a driver the variable is not what is wrong.
+    bare = chosen(replace(SERVER, driver=Driver(fault="no driver", visible="")))
+    assert "nvidia-smi" in bare.passed_over[0].next_step
+    assert "unset" not in bare.passed_over[0].next_step
+
+
 def test_without_onnx_runtime_pytorch() -> None:
     choice = chosen(replace(CPU_ONLY, onnxruntime=None))
     assert (choice.engine, choice.device) == ("torch", "cpu")
@@ -124,6 +142,7 @@ def test_without_onnx_runtime_pytorch() -> None:
     assert (choice.engine, choice.device) == ("torch", "cuda:0")
 
 
+DEVICES = ("cuda:0", "cuda:1")
 EXPORT = "dear-batch export mine --engine tensorrt"
 
 
@@ -219,6 +238,17 @@ def test_a_module_that_cannot_be_imported_is_passed_over() -> None:
     assert item.why == "cuda.core cannot be imported: ImportError: libcudart.so.13"
 
 
+def test_a_plan_that_was_refused_is_passed_over() -> None:
+    refused_plan = ConfigurationError(
+        "TensorRT refuses the engine.", where="Error Code 1", next_step="build it again"
+    )
+    refusals = [refusal(chosen(SERVER, FULL), refused_plan)]
+    choice = chosen(SERVER, FULL, refusals=refusals)
+    assert (choice.engine, choice.device) == ("onnxruntime", "cuda:0")
+    why = "TensorRT refuses the engine: Error Code 1"
+    assert choice.passed_over == (PassedOver("tensorrt", "cuda", why, "build it again"),)
+
+
 def test_nothing_is_imported_for_an_engine_that_is_not_chosen() -> None:
     asked = list[str]()
     choose(bundle_with(RTX), SERVER, fault=lambda name: asked.append(name) or "")
@@ -309,6 +339,29 @@ def test_a_gpu_by_its_number() -> None:
     assert "cuda:0, cuda:1" in error.next_step
 
 
+TWO = (H100, replace(L4, number=1))
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"), [(None, "1"), ("2,3", "3"), ("GPU-8f1, GPU-5c2", "GPU-5c2")]
+)
+def test_the_build_for_a_gpu_that_is_not_the_first(visible: str | None, name: str) -> None:
+    two = replace(SERVER, driver=Driver("580", (13, 0), TWO, visible=visible))
+    advice = {device: chosen(two, device=device).passed_over[0].next_step for device in DEVICES}
+    command = f"CUDA_VISIBLE_DEVICES={name} {EXPORT}"
+    assert advice == {"cuda:0": EXPORT, "cuda:1": command}
+    bare = chosen(replace(two, tensorrt=()), device="cuda:1").passed_over[0].next_step
+    assert bare == f"pip install 'dear-batch[tensorrt]', then {command}"
+
+
+def test_the_build_for_another_gpu_of_the_same_kind_or_ahead_of_time() -> None:
+    same = replace(SERVER, driver=Driver("580", (13, 0), (H100, replace(H100, number=1))))
+    assert chosen(same, device="cuda:1").passed_over[0].next_step == EXPORT
+    rtx = replace(SMALL, driver=Driver("580", (13, 0), TWO))
+    step = chosen(rtx, device="cuda:1").passed_over[0].next_step
+    assert step == f"{EXPORT} --target sm_89"
+
+
 def test_no_such_device() -> None:
     assert "cuda:N" in refused(SERVER, device="gpu").valid
 
@@ -360,3 +413,10 @@ def test_here_where_there_is_no_gpu(asked: dict[str, Any]) -> None:
     assert machine().driver.fault in caught.value.what
     assert "nvidia-smi" in caught.value.next_step
     assert caught.value.where == ""  # the same for every engine: said once
+
+
+def test_what_tensorrt_for_rtx_builds_for_is_what_it_says() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="it is asked")
+    from dear_batch.export.tensorrt import ahead_of_time
+
+    assert ahead_of_time("tensorrt_rtx") == RTX_TARGETS

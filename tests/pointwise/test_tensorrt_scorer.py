@@ -224,13 +224,17 @@ class Gpu:
     """A device, and the engine on it: a document's score is its last token plus its position.
 
     `room`: bytes that contexts may use; beyond `computable` tokens a batch finds no memory when
-    it is computed.
+    it is computed; `most_contexts` and `most_graphs` find memory.
     """
 
     room: int = 10**9
     computable: int = 10**9
+    most_contexts: int = 10**9
+    most_graphs: int = 10**9
     device_id: int = 0
     launched: int = 0
+    captured: int = 0
+    builders_closed: int = 0
     contexts: list["Context"] = field(default_factory=list)
     streams: list[Stream] = field(default_factory=list)
     most_waiting: int = 0
@@ -258,6 +262,8 @@ class Gpu:
         return 1000 * PROFILES[index].most_tokens
 
     def new_context(self) -> "Context":
+        if len(self.contexts) == self.most_contexts:
+            raise RuntimeError("Error Code 2: OutOfMemory (Requested size was 8 bytes.)")
         self.contexts.append(Context(self))
         return self.contexts[-1]
 
@@ -325,7 +331,13 @@ class Builder:
     def end_building(self) -> "Builder":
         return self
 
+    def close(self) -> None:
+        self._gpu.builders_closed += 1
+
     def complete(self) -> "Builder":
+        if self._gpu.captured == self._gpu.most_graphs:
+            raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: The API call failed")
+        self._gpu.captured += 1
         self._work = self._gpu.contexts[-1].work()
         return self
 
@@ -383,6 +395,38 @@ def test_shapes_that_repeat_are_captured_once(monkeypatch: pytest.MonkeyPatch) -
     assert gpu.launched > 10
     # One context a profile, and one for each captured graph.
     assert len(gpu.contexts) == len(scorer._contexts) + len(scorer._graphs._values)
+
+
+@pytest.mark.parametrize("most_graphs", [0, 1])
+def test_graphs_without_memory_are_done_without(
+    most_graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, limits = Gpu(most_graphs=most_graphs), list[int]()
+    scorer = scorer_on(gpu, monkeypatch)
+    pairs = pairs_of(LENGTHS)
+    for _ in range(4):
+        assert score_pairs(scorer, pairs, backed_off=limits.append).tolist() == expected(pairs)
+    assert limits == []
+    assert (gpu.captured, gpu.builders_closed) == (most_graphs, most_graphs + 1)
+    assert not scorer._graphs._values
+    assert not any(stream.work for stream in gpu.streams)
+
+
+def test_contexts_of_graphs_without_memory_are_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, limits = Gpu(), list[int]()
+    scorer = scorer_on(gpu, monkeypatch)
+    pairs = pairs_of([200] * 40)
+    score_pairs(scorer, pairs[:1])
+    monkeypatch.setattr(scorer, "_captures", False)
+    score_pairs(scorer, pairs)  # every profile that is needed has its context
+    monkeypatch.setattr(scorer, "_captures", True)
+    gpu.most_contexts = len(gpu.contexts)
+    for _ in range(3):
+        assert score_pairs(scorer, pairs, backed_off=limits.append).tolist() == expected(pairs)
+    assert limits == []
+    assert gpu.captured == 0
 
 
 def test_abandoned_batches_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.errors import ConfigurationError
+from dear_batch.pointwise import torch_scorer
 from dear_batch.pointwise.scorer import score_pairs
 from dear_batch.pointwise.torch_scorer import TorchScorer, model_from_bundle
 from dear_batch.torch_memory import memory_errors
 from tests.pointwise.test_scorer import pairs_of
+from tests.pointwise.test_selection import bundle_with
 
 MORE_THAN_ADDRESSES = 1 << 60
 
@@ -99,6 +101,27 @@ def test_bf16_keeps_the_head_and_the_positions_in_fp32(bundle: Callable[..., Pat
 def test_a_gpu_that_is_not_there(bundle: Callable[..., Path]) -> None:
     with pytest.raises(ConfigurationError, match="no GPU for --device cuda:99"):
         TorchScorer.from_bundle(open_bundle(bundle("llama31")), "cuda:99")
+
+
+@pytest.mark.parametrize(("device", "current"), [("cpu", []), ("cuda:1", [1]), ("cuda", [0])])
+def test_the_gpu_is_the_current_one_before_anything_is_on_it(
+    device: str, current: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: a second GPU is needed to see the context on the first."""
+    made = list[int]()
+
+    class LoadingError(Exception):
+        pass
+
+    def load(*_: object) -> None:
+        assert made == current
+        raise LoadingError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(torch_scorer, "model_from_bundle", load)
+    with pytest.raises(LoadingError):
+        TorchScorer.from_bundle(bundle_with(), device)
 
 
 @pytest.mark.gpu

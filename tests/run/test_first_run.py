@@ -11,14 +11,15 @@ import pytest
 
 from dear_batch.bundle import Bundle, open_bundle
 from dear_batch.errors import ConfigurationError
-from dear_batch.machine import Driver, Gpu, Machine, machine
+from dear_batch.machine import Driver, Gpu, Machine, Package, gpus, machine
 from dear_batch.pointwise.rows import Batch
 from dear_batch.pointwise.selection import Choice
+from dear_batch.run import first_run
 from dear_batch.run.first_run import check_first_run
 from dear_batch.run.loading import Loaded, load_pointwise
 from dear_batch.run.watch import StoppedError, Watch
 from dear_batch.specs import ExecutionSpec
-from tests.pointwise.test_selection import FULL
+from tests.pointwise.test_selection import FULL, SERVER
 
 pytestmark = pytest.mark.model
 Make = Callable[..., Path]
@@ -29,6 +30,17 @@ H100 = Gpu(0, "NVIDIA H100", "sm_90", 80 << 30)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "dear-batch" / "parity.json"
+
+
+class Listening(Watch):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = list[tuple[str, dict[str, Any]]]()
+
+    def log(self, event: str, **fields: object) -> None:
+        self.told.append((event, fields))
 
 
 class Altered:
@@ -70,15 +82,10 @@ def checked(loaded: Loaded, *, move: float = 0.0, told: Any = None, **changes: A
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
 @pytest.mark.parametrize("recipe", ["readme", "paper-script"])
 def test_engines_agree_with_the_export(engine: Any, recipe: str, bundle: Make, cache: Path) -> None:
-    told = list[tuple[str, dict[str, Any]]]()
-
-    class Listening(Watch):
-        def log(self, event: str, **fields: object) -> None:
-            told.append((event, fields))
-
-    folder = bundle("llama31", recipe=recipe)
+    folder, watch = bundle("llama31", recipe=recipe), Listening()
     for _ in range(2):
-        load_pointwise(folder, ExecutionSpec(engine=engine), Listening())
+        load_pointwise(folder, ExecutionSpec(engine=engine), watch)
+    told = watch.told
     events = [event for event, _ in told]
     assert events == ["engine", "first-run-parity", "engine"]
     assert told[1][1]["pairs"] == 64
@@ -109,6 +116,31 @@ def test_what_could_change_scores_is_checked_again(loaded: Loaded) -> None:
     for change in changes:
         assert checked(loaded, **change) > 0
         assert checked(loaded, **change) == 0
+
+
+def test_machines_that_share_a_home_are_checked_each(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert checked(loaded) > 0
+    assert checked(loaded) == 0
+    monkeypatch.setattr(first_run, "__version__", "99.0")
+    assert checked(loaded) > 0
+
+
+def test_what_an_engine_runs_by_matters(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(loaded.machine, cuda_core=Package("cuda-core", "1.0.0", 13))
+    newer = replace(here, cuda_core=Package("cuda-core", "1.1.0", 13))
+    plan = Choice("tensorrt", "cuda:0", FULL)
+    assert checked(loaded, choice=plan, machine=here) > 0
+    assert checked(loaded, choice=plan, machine=newer) > 0
+    assert checked(loaded, choice=plan, machine=here) == 0
+    torch = Choice("torch", "cpu")
+    assert checked(loaded, choice=torch) > 0
+    assert checked(loaded, choice=torch) == 0
+    monkeypatch.setattr(first_run, "version", lambda _package: "99.0")
+    assert checked(loaded, choice=torch) > 0
+    assert checked(loaded) == 0  # ONNX Runtime runs by nothing else
 
 
 def test_the_driver_matters_on_a_gpu_alone(loaded: Loaded) -> None:
@@ -204,3 +236,50 @@ def test_a_bundle_without_scores_has_nothing_to_compare(loaded: Loaded) -> None:
 
 def test_the_machine_is_this_one(loaded: Loaded) -> None:
     assert loaded.machine == machine()
+
+
+# A GPU as the driver tells it, of which ONNX Runtime and PyTorch find nothing when they load.
+NO_GPU = pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU")
+PROMISED = replace(SERVER, tensorrt=())
+
+
+@NO_GPU
+def test_engines_that_refuse_to_load_are_passed_over(bundle: Make) -> None:
+    watch = Listening()
+    loaded = load_pointwise(bundle("llama31"), watch=watch, here=lambda: PROMISED)
+    assert (loaded.choice.engine, loaded.choice.device) == ("onnxruntime", "cpu")
+    why = {(item.engine, item.device): item.why for item in loaded.choice.passed_over}
+    assert why["onnxruntime", "cuda"].startswith("ONNX Runtime could not use CUDA")
+    assert why["torch", "cuda"] == "PyTorch finds no GPU for --device cuda:0"
+    assert {item.next_step for item in loaded.choice.passed_over[1:]} == {"dear-batch doctor"}
+    events = [(event, fields.get("engine")) for event, fields in watch.told]
+    assert events == [
+        ("engine", "onnxruntime"),
+        ("engine-refused", "onnxruntime"),
+        ("engine", "torch"),
+        ("engine-refused", "torch"),
+        ("engine", "onnxruntime"),
+        ("first-run-parity", None),
+    ]
+
+
+@NO_GPU
+def test_a_named_engine_that_refuses_to_load_is_an_error(bundle: Make) -> None:
+    with pytest.raises(ConfigurationError, match="could not use CUDA"):
+        load_pointwise(
+            bundle("llama31"), ExecutionSpec(engine="onnxruntime"), here=lambda: PROMISED
+        )
+
+
+@NO_GPU
+def test_where_every_engine_refuses_all_are_told(bundle: Make) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_pointwise(bundle("llama31"), ExecutionSpec(device="cuda"), here=lambda: PROMISED)
+    assert "with --device cuda" in caught.value.what
+    assert "PyTorch finds no GPU" in caught.value.where
+    assert caught.value.valid == "--engine onnxruntime --device cpu, which runs here"
+
+
+def test_settings_that_are_wrong_are_no_refusal(bundle: Make) -> None:
+    with pytest.raises(ConfigurationError, match="cannot hold a pair"):
+        load_pointwise(bundle("llama31"), ExecutionSpec(row_tokens=8))
