@@ -9,8 +9,8 @@ remembered.
 import hashlib
 import json
 import socket
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from typing import Any
@@ -26,6 +26,7 @@ from dear_batch.pointwise.own_pairs import own_pairs
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer, score_pairs
 from dear_batch.pointwise.selection import Choice, build_command
+from dear_batch.run.watch import Watch
 from dear_batch.user_cache import cache_file, read_cache, write_cache
 
 CACHE = "parity.json"
@@ -42,11 +43,12 @@ def check_first_run(
     choice: Choice,
     machine: Machine,
     *,
-    beat: Callable[[], None] = lambda: None,
+    watch: Watch,
 ) -> Parity | None:
     """Compare an engine with the bundle's own scores, unless that was done here before.
 
-    Returns the figures, None where nothing was compared; `beat` is called between batches.
+    Returns the figures, None where nothing was compared. The log is told before and after:
+    on a CPU it takes a minute.
 
     Raises:
         ConfigurationError: the scores are too far apart.
@@ -58,8 +60,10 @@ def check_first_run(
     known = _known()
     if not len(reference_N) or key in known:
         return None
+    watch.log("first-run", pairs=len(reference_N), why="once for each engine and machine")
     lists = encoder.encode(own_pairs())
-    found_N = score_pairs(scorer, [p for pairs in lists for p in pairs], lambda _batch: beat())
+    pairs = [pair for pairs in lists for pair in pairs]
+    found_N = score_pairs(scorer, pairs, lambda _batch: watch.check())
     ends = [*accumulate((len(pairs) for pairs in lists), initial=0)]
     spans = [slice(*both) for both in pairwise(ends)]
     parity = compare([reference_N[span] for span in spans], [found_N[span] for span in spans])
@@ -71,6 +75,7 @@ def check_first_run(
     known[key] = {**facts, "max_abs_difference": parity.max_abs_difference}
     newest = dict(list(known.items())[-MAX_REMEMBERED:])
     write_cache(cache_file(CACHE), {"schema_version": 1, "agreed": newest})
+    watch.log("first-run-parity", **asdict(parity))
     return parity
 
 

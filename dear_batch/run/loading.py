@@ -46,9 +46,7 @@ def load_pointwise(
     choice, scorer = _opened(bundle, facts, execution, watch)
     encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
     bundle.check_unchanged()
-    parity = check_first_run(bundle, scorer, encoder, choice, facts, beat=watch.check)
-    if parity:
-        watch.log("first-run-parity", **asdict(parity))
+    check_first_run(bundle, scorer, encoder, choice, facts, watch=watch)
     return Loaded(bundle, encoder, scorer, choice, facts)
 
 

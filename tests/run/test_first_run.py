@@ -75,7 +75,8 @@ def checked(loaded: Loaded, *, move: float = 0.0, told: Any = None, **changes: A
     for name, value in (told or {}).items():
         setattr(scorer, name, value)
     parts = {name: getattr(loaded, name) for name in ("bundle", "choice", "machine")} | changes
-    check_first_run(parts["bundle"], scorer, loaded.encoder, parts["choice"], parts["machine"])
+    bundle, choice, machine = (parts[name] for name in ("bundle", "choice", "machine"))
+    check_first_run(bundle, scorer, loaded.encoder, choice, machine, watch=Watch())
     return int(scorer.batches)
 
 
@@ -87,9 +88,9 @@ def test_engines_agree_with_the_export(engine: Any, recipe: str, bundle: Make, c
         load_pointwise(folder, ExecutionSpec(engine=engine), watch)
     told = watch.told
     events = [event for event, _ in told]
-    assert events == ["engine", "first-run-parity", "engine"]
-    assert told[1][1]["pairs"] == 64
-    assert told[1][1]["max_abs_difference"] < 1e-4
+    assert events == ["engine", "first-run", "first-run-parity", "engine"]
+    assert told[2][1]["pairs"] == 64
+    assert told[2][1]["max_abs_difference"] < 1e-4
     (entry,) = json.loads(cache.read_text())["agreed"].values()
     assert entry["engine"] == engine
     assert entry["bundle_sha256"] == open_bundle(folder).sha256
@@ -259,6 +260,7 @@ def test_engines_that_refuse_to_load_are_passed_over(bundle: Make) -> None:
         ("engine", "torch"),
         ("engine-refused", "torch"),
         ("engine", "onnxruntime"),
+        ("first-run", None),
         ("first-run-parity", None),
     ]
 

@@ -124,7 +124,8 @@ def test_the_plan_says_what_decides_the_output(one: JobSpec, tmp_path: Path) -> 
     planned(one)
     fields = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert set(fields) == {
-        "schema_version", "job", "listwise", "runtime", "fingerprints", "outputs", "sha256"
+        "schema_version", "job", "listwise", "runtime", "fingerprints", "outputs", "passed_over",
+        "sha256",
     }  # fmt: skip
     assert (fields["schema_version"], fields["listwise"]) == (2, None)
     assert fields["job"]["bundle_sha256"] == open_bundle(tmp_path / "bundle", verify=False).sha256
