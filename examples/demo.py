@@ -18,6 +18,9 @@ import bm25s
 from rich.console import Console
 from rich.table import Table
 
+from dear_batch.bundle import open_bundle
+from dear_batch.errors import DearBatchError
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 COLLECTION = HERE / "collection"
@@ -42,7 +45,8 @@ def main() -> None:
     step("Candidate lists as Parquet")
     candidates = WORK / "candidates.parquet"
     dear_batch("convert", "beir", COLLECTION, WORK / "first-stage.trec", "-o", candidates)
-    if not (bundle / "bundle.json").exists():
+    if not is_current(bundle):
+        shutil.rmtree(bundle, ignore_errors=True)
         step("Export: merge the adapter, write ONNX, prove parity with PyTorch")
         dear_batch("export", "--model", base, "--adapter", ADAPTER, "--output", bundle)
     step("Rerank")
@@ -54,6 +58,14 @@ def main() -> None:
     dear_batch("evaluate", COLLECTION / qrels, ours, "--baseline", first, "--json", figures)
     show_query(first, ours, largest_gain(figures))
     epilogue(time.perf_counter() - start)
+
+
+def is_current(bundle: Path) -> bool:
+    """Whether the bundle is there, as this version of dear-batch writes it."""
+    try:
+        return bool(open_bundle(bundle, verify=False))
+    except DearBatchError:
+        return False
 
 
 def step(text: str) -> None:

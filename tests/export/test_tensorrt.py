@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import tensorrt_rtx as trt
 
+from dear_batch.bundle import open_bundle
 from dear_batch.errors import ConfigurationError, OutputError, TryAgainError
 from dear_batch.export import building
 from dear_batch.export.building import built
+from dear_batch.export.graphs import packed_graph
 from dear_batch.export.tensorrt import (
     Order,
     _Building,
@@ -22,6 +24,7 @@ from dear_batch.export.tensorrt import (
     timings_of,
 )
 from dear_batch.pointwise.profiles import Profile, Span, lay_out
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.model
 Make = Callable[..., Path]
@@ -70,6 +73,32 @@ def test_fp16_graphs_build_ahead_of_time(style: str, sm: str, packed: Make, tmp_
     assert shares == sorted(shares)
     assert 0 < shares[0] < 0.1
     assert 0.8 < shares[-1] <= 1
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp16 graph of a real model, out of the demo's bundle."""
+    folder = ROOT / ".demo" / "bundle"
+    if not (folder / "bundle.json").is_file():
+        pytest.skip("there is no bundle of SmolLM2-135M (make demo)")
+    return packed_graph(open_bundle(folder), "fp16", tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.mark.parametrize("sm", ["sm_80", "sm_86", "sm_89", "sm_120"])
+def test_smollm2_builds_ahead_of_time(sm: str, smollm2: Path, tmp_path: Path) -> None:
+    built(order(smollm2, tmp_path, sm), lambda _share: None)
+    weights = smollm2.with_name("weights.safetensors").stat().st_size
+    assert 0.95 * weights < (tmp_path / "plan").stat().st_size < 1.3 * weights
+
+
+def test_smollm2_is_typed_layer_by_layer(smollm2: Path) -> None:
+    network, *_alive = parsed(smollm2)
+    found = layer_types(network)
+    products = found.pop("MATRIX_MULTIPLY")
+    assert products.pop("HALF") == 9 * 30
+    assert set(products) == {"FLOAT"}
+    for kind in ("SOFTMAX", "REDUCE", "UNARY", "ELEMENTWISE", "SELECT"):
+        assert set(found[kind]) == {"FLOAT"}, kind
 
 
 @pytest.mark.parametrize(("precision", "half"), [("fp16", "HALF"), ("bf16", "BF16")])
