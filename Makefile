@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # 2.13.0 is a CPU build on machines without CUDA; any torch from 2.11 on does.
 TORCH ?= torch==2.13.0
+# A file of tests stays in one process, which makes its models and bundles once
+WORKERS ?= --numprocesses 2 --dist loadfile
 DATA ?= $(or $(DEAR_BATCH_TEST_DATA),../shared/data)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
@@ -27,11 +29,11 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q --ignore tests/fuzz -m "not model and not process and not slow and not gpu"
+	$(BIN)/pytest -q $(WORKERS) --ignore tests/fuzz -m "not model and not process and not slow and not gpu"
 
 # All but the long tests: under 12 minutes on two cores
 test: setup
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(WORKERS)
 
 # The long ones too; the last results are in benchmarks/results/. Of these, the fuzz tests take
 # DEAR_BATCH_FUZZ_SECONDS together (600) and begin at DEAR_BATCH_FUZZ_SEED (4), which they print.

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.model
 Make = Callable[..., Path]
 PROFILES = lay_out(256, 512)[:1]
 CASES = [("llama31", sm) for sm in ("sm_80", "sm_86", "sm_89", "sm_120")]
-CASES += [("llama32", "sm_89"), ("llama2", "sm_89")]
+CASES += [("llama32", "sm_89")]
 
 
 def order(graph: Path, tmp_path: Path, sm: str = "sm_89", **settings: Any) -> Order:

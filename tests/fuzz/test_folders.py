@@ -191,7 +191,7 @@ def test_a_damaged_folder_is_run_again_or_refused(
             _look(folder)
             capsys.readouterr()
 
-    effort.run(check, _cases(), known=KNOWN, few=25, share=0.2)
+    effort.run(check, _cases(), known=KNOWN, few=10, share=0.2)
 
 
 def _prepared(job: Job, case: Case, folder: Path) -> list[str]:

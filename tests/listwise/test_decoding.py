@@ -188,6 +188,7 @@ def test_identical_in_bf16_where_the_model_is_sure(merges: str) -> None:
         assert row.writer.state.chosen == state.chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_other_numbers_of_key_value_heads(kv_heads: int) -> None:
     tokenizer, model = MERGES["llama3"](), trained("llama3", 150, kv_heads=kv_heads)
