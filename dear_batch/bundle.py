@@ -39,7 +39,7 @@ from dear_batch.pointwise.profiles import Profile
 from dear_batch.pointwise.recipe import Recipe
 from dear_batch.verified import FileState, Hashes, opened_folder
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "bundle.json"
 MAX_MANIFEST_BYTES = 16 << 20
 OWN = "sha256"  # the manifest's field about itself

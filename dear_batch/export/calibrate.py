@@ -68,7 +68,7 @@ def _cost(
     """Cost a real token, and tokens a document."""
     computed, tokens = 0.0, 0
     for batch in batches(pairs, layout(profiles)):
-        _, (R, T, _) = fit(profiles, len(batch.rows), batch.length, len(batch.documents))
+        _, (R, T, _) = fit(profiles, len(batch.rows), batch.length, max(batch.counts))
         computed += R * T * (1 + T * attention)
         tokens += batch.tokens
     return computed / sum(map(len, pairs)), tokens / len(pairs)

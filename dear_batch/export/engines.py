@@ -188,10 +188,12 @@ def _profiles(bundle: Bundle, wanted: EngineSpec, report: Report) -> tuple[Profi
 def _graph(bundle: Bundle, precision: Precision, scratch: Path, report: Report) -> Path:
     """The packed graph in that precision, seen to score as PyTorch; the bundle's own if it fits.
 
+    That of an fp32 bundle never does: TensorRT has no kernel for its attention.
+
     Raises:
         ConfigurationError: it is beyond the gate of its precision.
     """
-    if precision == bundle.manifest.precision:
+    if precision == bundle.manifest.precision != "fp32":
         return bundle.file(PACKED)
     try:
         from dear_batch.export.gate import check_packed

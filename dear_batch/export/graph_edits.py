@@ -23,21 +23,17 @@ PARAMETER = "scorer."  # the exporter's prefix to a parameter's name
 # of group 0, its padding group -1; positions count from 0; the last attended position is
 # pooled, found as a maximum since ONNX Runtime has no ArgMax on int64.
 AROUND_PACKED = """
-<ir_version: 10, opset_import: ["" : 18]>
+<ir_version: 10, opset_import: ["" : 23]>
 standard (int64[batch, length] input_ids, int64[batch, length] attention_mask,
-          float[batch] scores)
+          float[batch, 1] scores)
     => (int32[batch, length] tokens, int32[batch, length] positions,
         int32[batch, length] groups, int32[batch, length] segments,
-        int32[batch] pooled, float[batch, 1] logits)
+        int32[batch, 1] pooled, float[batch, 1] logits)
 {
     std_zero = Constant<value = int32 {0}>()
     std_one = Constant<value = int32 {1}>()
     std_axis = Constant<value = int64[1] {1}>()
     std_mask = Cast<to = 6>(attention_mask)
-    std_batch = Shape<start = 0, end = 1>(input_ids)
-    std_batch_32 = Cast<to = 6>(std_batch)
-    std_batch_scalar = Squeeze(std_batch_32)
-    std_rows = Range(std_zero, std_batch_scalar, std_one)
     std_length = Shape<start = 1, end = 2>(input_ids)
     std_length_32 = Cast<to = 6>(std_length)
     std_length_scalar = Squeeze(std_length_32)
@@ -47,29 +43,29 @@ standard (int64[batch, length] input_ids, int64[batch, length] attention_mask,
     positions = Add(segments, std_columns)
     groups = Sub(std_mask, std_one)
     std_attended = Mul(positions, std_mask)
-    std_last = ReduceMax<keepdims = 0>(std_attended, std_axis)
-    std_starts = Mul(std_rows, std_length_scalar)
-    pooled = Add(std_starts, std_last)
-    logits = Unsqueeze(scores, std_axis)
+    pooled = ReduceMax(std_attended, std_axis)
+    logits = Identity(scores)
 }
 """
 
 
-def repeat_last_layer(graph: ir.Graph, n_layers: int) -> None:
-    """Copy the second of two traced layers until there are `n_layers`.
+def repeat_middle_layer(graph: ir.Graph, n_layers: int) -> None:
+    """Copy the second of three traced layers until there are `n_layers`.
 
-    Beside its first output the traced graph has the output of every layer; they mark where a
-    layer begins and ends, and are no outputs afterwards.
+    Beside its first output the traced graph has the output of every layer but the last; they
+    mark where a layer begins and ends, and are no outputs afterwards.
     """
     result, *ends = graph.outputs
     graph.outputs[:] = [result]
-    if n_layers <= len(ends):
+    if n_layers <= len(ends) + 1:
         return
     begin, end = ends
+    for value in [v for v in graph.initializers.values() if ".layers.2." in str(v.name)]:
+        value.name = str(value.name).replace(".layers.2.", f".layers.{n_layers - 1}.")
     nodes = _between(graph, begin, end)
     after = list(end.uses())
     last, previous = nodes[-1], end
-    for number in range(len(ends), n_layers):
+    for number in range(2, n_layers - 1):
         copies, previous = _copied(graph, nodes, {begin: previous}, end, number)
         graph.insert_after(last, copies)
         last = copies[-1]

@@ -6,8 +6,8 @@ Face expect of a sequence classification model.
 documents a row (see `pointwise.rows`).
 
 Both name the same weights file. The exporter's time grows with every layer, and all layers are
-alike, so it traces a stand-in of two layers with random weights; `graph_edits` repeats the
-second. Knows nothing of checkpoints or bundles.
+but the last alike, so it traces a stand-in of three layers with random weights; `graph_edits`
+repeats the second. Knows nothing of checkpoints or bundles.
 """
 
 import copy
@@ -28,48 +28,19 @@ from dear_batch.errors import ConfigurationError
 from dear_batch.export.graph_edits import (
     STANDARD_INPUTS,
     point_at_weights,
-    repeat_last_layer,
+    repeat_middle_layer,
     signatures,
     standard_from_packed,
 )
-from dear_batch.export.typed import (
-    HIDDEN,
-    SCALE,
-    attention_name,
-    scales,
-    stored_dtype,
-    with_types,
-)
+from dear_batch.export.layers import pooled_hidden
+from dear_batch.export.typed import DTYPES, SCALE, scales, stored_dtype, with_types
 from dear_batch.export.weights import write_weights
 from dear_batch.pointwise.recipe import Pooling
 
-OPSET = 18
+OPSET = 23
+EXAMPLES = {"rows": 3, "row_tokens": 8, "documents": 2, "batch": 3, "length": 8}
 WEIGHTS = "weights.safetensors"
-TRACED_LAYERS = 2
-
-
-def _hidden(
-    scorer: nn.Module, ids: Tensor, positions: Tensor, visible_RTT: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Last hidden states, [R, T, hidden], and the output of every layer.
-
-    A given 4-D mask replaces Hugging Face's own.
-    """
-    model: Any = scorer.model
-    mask_R1TT = visible_RTT[:, None]
-    if model.config._attn_implementation == "eager":  # noqa: SLF001 - adds what it is given
-        mask_R1TT = torch.where(mask_R1TT, 0.0, HIDDEN)
-    layers: list[Tensor] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda _module, inputs: layers.append(inputs[0]))
-        for module in (*model.layers[1:], model.norm)
-    ]
-    output: Tensor = model(
-        input_ids=ids, attention_mask=mask_R1TT, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    return output, layers
+TRACED_LAYERS = 3  # the first, one like all others, and the last, which is pooled
 
 
 class PackedGraph(nn.Module):
@@ -77,14 +48,15 @@ class PackedGraph(nn.Module):
 
     inputs = ("tokens", "positions", "groups", "segments", "pooled")
 
-    def __init__(self, scorer: nn.Module) -> None:
+    def __init__(self, scorer: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.scorer = scorer
+        self.scorer: Any = scorer
+        self.dtype = dtype  # see `pooled_hidden`
 
     def forward(
         self, tokens: Tensor, positions: Tensor, groups: Tensor, segments: Tensor, pooled: Tensor
     ) -> tuple[Tensor, ...]:
-        """scores_N and each layer's output.
+        """scores_RP and the output of each layer but the last.
 
         Padding has group -1 and sees padding, so that no token's view is all hidden.
         """
@@ -94,9 +66,10 @@ class PackedGraph(nn.Module):
         same_segment_RTT = segments[:, :, None] == segments[:, None, :]
         in_prefix_RT = segments == 0
         visible_RTT = causal_TT[None] & same_group_RTT & (in_prefix_RT[:, None] | same_segment_RTT)
-        hidden_RTH, layers = _hidden(self.scorer, tokens, positions, visible_RTT)
-        pooled_NH = hidden_RTH.flatten(0, 1).index_select(0, pooled)
-        return self.scorer.score(pooled_NH.float())[:, 0], *layers
+        hidden_RPX, layers = pooled_hidden(
+            self.scorer.model, tokens, positions, visible_RTT, pooled, dtype=self.dtype
+        )
+        return self.scorer.score(hidden_RPX.float())[..., 0], *layers
 
 
 class FinalPositionGraph(nn.Module):
@@ -107,17 +80,27 @@ class FinalPositionGraph(nn.Module):
 
     inputs = STANDARD_INPUTS
 
-    def __init__(self, scorer: nn.Module) -> None:
+    def __init__(self, scorer: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.scorer = scorer
+        self.scorer: Any = scorer
+        self.dtype = dtype  # see `pooled_hidden`
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """logits_B1 and each layer's output."""
-        positions_L = torch.arange(input_ids.shape[1])
+        """logits_B1 and the output of each layer but the last."""
+        B, L = input_ids.shape
+        positions_L = torch.arange(L)
         causal_LL = positions_L[None, :] <= positions_L[:, None]
         visible_BLL = causal_LL[None] & (attention_mask[:, None, :] != 0)
-        hidden_BLH, layers = _hidden(self.scorer, input_ids, positions_L[None], visible_BLL)
-        return self.scorer.score(hidden_BLH[:, -1].float()), *layers
+        final_B1 = torch.full((B, 1), L - 1)
+        hidden_B1X, layers = pooled_hidden(
+            self.scorer.model,
+            input_ids,
+            positions_L[None],
+            visible_BLL,
+            final_B1,
+            dtype=self.dtype,
+        )
+        return self.scorer.score(hidden_B1X[:, 0].float()), *layers
 
 
 def onnx_from_torch(
@@ -137,7 +120,14 @@ def onnx_from_torch(
     with_types(model, "fp32")
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     parameters |= scales(peaks, precision)
-    traced = _written(parameters, model.config, folder / WEIGHTS, pooling, precision)
+    traced = _written(
+        parameters,
+        model.config,
+        folder / WEIGHTS,
+        pooling,
+        precision,
+        operators=precision == "fp32",
+    )
     if pooling == "final-position":
         graphs = {"model.onnx": traced}
     else:
@@ -148,7 +138,7 @@ def onnx_from_torch(
 
 
 def packed_graph(bundle: Bundle, precision: Precision, folder: Path) -> Path:
-    """Write a bundle's packed graph and its weights again, in another precision.
+    """Write a bundle's packed graph and its weights again, in a precision, for TensorRT.
 
     Raises:
         ConfigurationError: a weight is too large for the precision, or the bundle's recipe
@@ -179,32 +169,38 @@ def _written(
     path: Path,
     pooling: Pooling,
     precision: Precision,
+    *,
+    operators: bool = False,
 ) -> ir.Model:
-    """Write the weights to `path`, and return the graph that names them."""
+    """Write the weights to `path`, and return the graph that names them.
+
+    With `operators` attention is a node of its own, which TensorRT does not build.
+    """
+    dtype = None if operators else DTYPES[precision]
     dtypes = {name: stored_dtype(name, precision) for name in parameters}
     ranges = write_weights(parameters, dtypes, path)
     stand_in = _stand_in(config, precision)
     if pooling == "final-position":
         rows = {0: "batch", 1: "length"}
-        traced = _traced(FinalPositionGraph(stand_in), torch.int64, (rows, rows), "logits")
+        module: nn.Module = FinalPositionGraph(stand_in, dtype)
+        traced = _traced(module, torch.int64, (rows, rows), "logits")
     else:
         rows = {0: "rows", 1: "row_tokens"}
-        shapes = (rows, rows, rows, rows, {0: "documents"})
-        traced = _traced(PackedGraph(stand_in), torch.int32, shapes, "scores")
-    repeat_last_layer(traced.graph, config.num_hidden_layers)
+        shapes = (rows, rows, rows, rows, {0: "rows", 1: "documents"})
+        traced = _traced(PackedGraph(stand_in, dtype), torch.int32, shapes, "scores")
+    repeat_middle_layer(traced.graph, config.num_hidden_layers)
     point_at_weights(traced.graph, path, ranges)
     return traced
 
 
 def _stand_in(config: Any, precision: Precision) -> nn.Module:
-    """A model of the same layers, two at most, and hardly any vocabulary.
+    """A model of the same layers, three at most, and hardly any vocabulary.
 
     Its weights are random: the exporter merges equal ones.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers = min(TRACED_LAYERS, config.num_hidden_layers)
     small.vocab_size, small.pad_token_id = 8, None
-    small._attn_implementation = attention_name(precision)  # noqa: SLF001 - no public way
     model: nn.Module = AutoModelForSequenceClassification.from_config(small, dtype=torch.float32)
     with_types(model, precision)
     generator = torch.Generator().manual_seed(0)
@@ -217,9 +213,12 @@ def _traced(
     module: Any, dtype: torch.dtype, shapes: tuple[dict[int, str], ...], output: str
 ) -> ir.Model:
     """Export a module whose inputs are all of one dtype, of two or one dimensions."""
-    # A tensor of its own for each input: the exporter takes equal objects for one input.
-    examples = tuple(torch.ones([8 - 5 * axis for axis in shape], dtype=dtype) for shape in shapes)
-    layers = len(module.scorer.model.layers)
+    # Sizes that differ, and a tensor of its own for each input: equal objects are one input to
+    # the exporter.
+    examples = tuple(
+        torch.ones([EXAMPLES[name] for name in shape.values()], dtype=dtype) for shape in shapes
+    )
+    layers = len(module.scorer.model.layers) - 1
     # Two notices a machine without torchvision prints at every export.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():

@@ -26,7 +26,7 @@ from dear_batch.user_cache import read_own, write_own
 Advance = Callable[[float], None]  # told the share that is done, 0 to 1
 
 PER_TOKEN = ("tokens", "positions", "groups", "segments")  # inputs of shape [R, T]
-PER_DOCUMENT = "pooled"  # of shape [N]
+PER_DOCUMENT = "pooled"  # of shape [R, P]
 SHOWN_ERRORS = 6
 # What is logged when memory ran out: by TensorRT, by its parser, by an allocator.
 _MEMORY = re.compile(r"OutOfMemory|MEM_ALLOC_FAILED|bad_alloc|out of memory|not be allocated")
@@ -179,14 +179,13 @@ class _Building:
 
     def _shapes(self, profile: Profile) -> Any:
         shapes = self._builder.create_optimization_profile()
-        sizes = [
-            (getattr(profile.rows, name), getattr(profile.tokens, name))
-            for name in ("least", "best", "most")
-        ]
-        for name in PER_TOKEN:
+        spans = dict.fromkeys(PER_TOKEN, profile.tokens) | {PER_DOCUMENT: profile.documents}
+        for name, span in spans.items():
+            sizes = [
+                (getattr(profile.rows, edge), getattr(span, edge))
+                for edge in ("least", "best", "most")
+            ]
             shapes.set_shape(name, *sizes)
-        documents = profile.documents
-        shapes.set_shape(PER_DOCUMENT, (documents.least,), (documents.best,), (documents.most,))
         return shapes
 
     def _check(self, good: object, refusal: str) -> None:

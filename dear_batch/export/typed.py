@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from dear_batch.bundle import Precision
 
@@ -26,9 +25,6 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-# A hidden token's attention score. Not -inf and not the dtype's minimum: either turns into
-# NaN when a whole row is hidden or a negative score is added. exp(-1e9) is exactly 0.
-HIDDEN = -1e9
 # Between the largest value seen on the parity pairs and the largest that fp16 holds.
 MARGIN = 16
 SCALED = "down_proj"
@@ -86,48 +82,6 @@ class HalfEmbedding(nn.Embedding):
         return super().forward(input).float()
 
 
-def half_attention(  # noqa: PLR0917 - transformers' own order
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    *,
-    dtype: torch.dtype,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: 16-bit products around an fp32 softmax.
-
-    Query and key are scaled before they are multiplied, each by the root, so that no score
-    overflows. This is the form that TensorRT fuses into one kernel; written with a broadcast
-    dimension for the query heads of a group it does not, and [T, T] scores go to memory.
-
-    Args:
-        module: the attention layer.
-        query: [R, heads, T, D], fp32.
-        key: [R, key-value heads, T, D], fp32.
-        value: [R, key-value heads, T, D], 16-bit.
-        attention_mask: [R, 1, T, T], whether a token is seen.
-        scaling: of the scores.
-        dtype: of the products.
-    """
-    root = math.sqrt(scaling)
-    groups = module.num_key_value_groups
-    narrow = [(query * root).to(dtype), (key * root).to(dtype), value.to(dtype)]
-    query, key, value = narrow[0], *(_repeated(tensor, groups) for tensor in narrow[1:])
-    scores = (query @ key.transpose(-1, -2)).float()
-    weights = torch.softmax(torch.where(attention_mask, scores, HIDDEN), -1).to(dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-def _repeated(tensor: Tensor, groups: int) -> Tensor:
-    """Key-value heads, once for each query head of their group."""
-    rows, heads, tokens, size = tensor.shape
-    wide = tensor[:, :, None].expand(rows, heads, groups, tokens, size)
-    return wide.reshape(rows, heads * groups, tokens, size)
-
-
 def with_types(module: nn.Module, precision: Precision) -> nn.Module:
     """Replace the layers below `module` in place by typed ones, keeping all parameter names."""
     dtype = DTYPES[precision]
@@ -154,15 +108,6 @@ def stored_dtype(name: str, precision: Precision) -> torch.dtype:
     """What a parameter of that name is stored as: matrices and embeddings in `precision`."""
     is_half = name.endswith("_proj.weight") or name == "model.embed_tokens.weight"
     return DTYPES[precision] if is_half else torch.float32
-
-
-def attention_name(precision: Precision) -> str:
-    """The attention implementation by which transformers finds ours."""
-    if precision == "fp32":
-        return "eager"  # fewer nodes than SDPA decomposes into
-    name = f"dear_batch_{precision}"
-    AttentionInterface.register(name, partial(half_attention, dtype=DTYPES[precision]))
-    return name
 
 
 def scales(peaks: Sequence[float], precision: Precision) -> dict[str, Tensor]:

@@ -21,7 +21,13 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotImp
 
 from dear_batch.errors import ConfigurationError
 from dear_batch.pointwise.recipe import Recipe
-from dear_batch.pointwise.rows import Batch, Layout, packed_arrays, padded_arrays
+from dear_batch.pointwise.rows import (
+    Batch,
+    Layout,
+    packed_arrays,
+    padded_arrays,
+    scores_of_documents,
+)
 from dear_batch.pointwise.scorer import OneAtATime
 
 if TYPE_CHECKING:
@@ -32,7 +38,7 @@ ort.set_default_logger_severity(4)
 
 # (row_tokens, batch_tokens). On CPU one row a call never pads. On a GPU a call must be large to
 # fill it. A throughput benchmark has yet to choose both.
-BUDGETS = {"cpu": (512, 512), "cuda": (1024, 16384)}
+BUDGETS = {"cpu": (256, 256), "cuda": (1024, 16384)}
 
 # What the exceptions `Fail`, `RuntimeException` and, from bound inputs, `RuntimeError` say when
 # memory ran out, and only then: all are raised for other faults too.
@@ -66,9 +72,9 @@ class PackedOnnxScorer(OneAtATime):
             "positions": arrays.positions_RT,
             "groups": arrays.groups_RT,
             "segments": arrays.segments_RT,
-            "pooled": arrays.pooled_N,
+            "pooled": arrays.pooled_RP,
         }
-        return run(self._session, "scores", feeds, self.device)
+        return scores_of_documents(run(self._session, "scores", feeds, self.device), batch)
 
 
 class PaddedOnnxScorer(OneAtATime):

@@ -6,7 +6,7 @@ part of one, and the short rows that are left over have a profile each. Shapes a
 few different ones, so that CUDA graphs can be captured once and used again. Knows nothing of
 TensorRT itself.
 
-Shapes: R rows of a batch, T tokens of its rows, N documents of the batch.
+Shapes: R rows of a batch, T tokens of its rows, P documents of the row that has the most.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from dear_batch.pointwise.rows import Layout
 ROW_TOKENS = 1024
 BATCH_TOKENS = 16384
 # A document of MS MARCO in the `readme` recipe, with its share of the prefix. It only says where
-# an engine is tuned, which for N is the head alone.
+# an engine is tuned, which for P is the last layer alone.
 DOCUMENT_TOKENS = 100
-Shape = tuple[int, int, int]  # R, T, N
+Shape = tuple[int, int, int]  # R, T, P
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Spans of R, T and N, all of which a batch must fit at once."""
+    """Spans of R, T and P, all of which a batch must fit at once."""
 
     rows: Span
     tokens: Span
@@ -68,8 +68,8 @@ def lay_out(
     rows, half = max(1, batch_tokens // row_tokens), row_tokens // 2
 
     def profile(rows: Span, tokens: Span) -> Profile:
-        best = min(rows.best * tokens.best, round(rows.best * tokens.best / document_tokens) or 1)
-        return Profile(rows, tokens, Span(1, best, rows.most * tokens.most))
+        best = min(tokens.best, round(tokens.best / document_tokens) or 1)
+        return Profile(rows, tokens, Span(1, best, tokens.most))
 
     long = Span(half + 1, row_tokens, row_tokens)
     found = [profile(Span(rows // 2 + 1, rows, rows), long)]
@@ -88,9 +88,9 @@ def layout(profiles: Sequence[Profile]) -> Layout:
 
 
 def fit(profiles: Sequence[Profile], rows: int, tokens: int, documents: int) -> tuple[int, Shape]:
-    """The profile that a batch takes, the smallest one, and the shape R, T, N to pad it to.
+    """The profile that a batch takes, the smallest one, and the shape R, T, P to pad it to.
 
-    T grows by an eighth at most (below 64 by up to 7 tokens), N to a power of two at most.
+    T grows by an eighth at most (below 64 by up to 7 tokens), P to a power of two at most.
 
     Raises:
         ValueError: it fits none; within `layout(profiles)` that does not happen.

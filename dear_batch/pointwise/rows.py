@@ -5,7 +5,8 @@ and a mask by which a token sees, causally, its own document and its prefix, giv
 of each pair alone. A padded batch is the special case of one document a row. Pure functions:
 the same pairs give the same rows. Knows nothing of text, models or files.
 
-Shapes: R rows of a batch, T tokens of its longest row, N documents of the batch.
+Shapes: R rows of a batch, T tokens of its longest row, N documents of the batch, P of the row
+that has the most.
 """
 
 from bisect import bisect_left, insort
@@ -73,6 +74,11 @@ class Batch:
         return [d for row in self.rows for group in row.groups for d in group.documents]
 
     @property
+    def counts(self) -> list[int]:
+        """How many documents each row has."""
+        return [sum(len(group.documents) for group in row.groups) for row in self.rows]
+
+    @property
     def tokens(self) -> int:
         """Real tokens of all rows, padding left out."""
         return sum(row.tokens for row in self.rows)
@@ -83,15 +89,15 @@ class PackedArrays:
     """The inputs of the packed graph (int32).
 
     tokens_RT, positions_RT; groups_RT: which prefix a token belongs to (-1: padding);
-    segments_RT: 0 in a prefix, 1… in its documents; pooled_N: flat index r * T + t of each
-    document's last token.
+    segments_RT: 0 in a prefix, 1… in its documents; pooled_RP: where each document of a row ends,
+    0 beyond its last one.
     """
 
     tokens_RT: Array
     positions_RT: Array
     groups_RT: Array
     segments_RT: Array
-    pooled_N: Array
+    pooled_RP: Array
 
 
 class _OpenRow:
@@ -238,9 +244,9 @@ def packed_arrays(batch: Batch, pad_id: int) -> PackedArrays:
     positions_RT = np.zeros(shape, np.int32)
     groups_RT = np.full(shape, -1, np.int32)
     segments_RT = np.zeros(shape, np.int32)
-    pooled: list[int] = []
+    pooled_RP = np.zeros((len(batch.rows), max(batch.counts)), np.int32)
     for r, row in enumerate(batch.rows):
-        t = 0
+        t = p = 0
         for g, group in enumerate(row.groups):
             prefix_ids = batch.pairs[group.documents[0]].prefix_ids
             pieces = [prefix_ids, *(batch.pairs[d].document_ids for d in group.documents)]
@@ -252,9 +258,16 @@ def packed_arrays(batch: Batch, pad_id: int) -> PackedArrays:
                 groups_RT[r, t:end] = g
                 segments_RT[r, t:end] = s
                 if s > 0:
-                    pooled.append(r * shape[1] + end - 1)
+                    pooled_RP[r, p] = end - 1
+                    p += 1
                 t = end
-    return PackedArrays(tokens_RT, positions_RT, groups_RT, segments_RT, np.array(pooled, np.int32))
+    return PackedArrays(tokens_RT, positions_RT, groups_RT, segments_RT, pooled_RP)
+
+
+def scores_of_documents(scores_RP: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+    """What a packed graph found at pooled positions, as scores_N in the order of `documents`."""
+    is_document_RP = np.arange(scores_RP.shape[1]) < np.array(batch.counts)[:, None]
+    return scores_RP[: len(batch.rows)][is_document_RP]
 
 
 def padded_arrays(batch: Batch, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dear_batch.errors import missing_extra
 from dear_batch.pointwise.profiles import Profile, Shape, fit, layout
 from dear_batch.pointwise.recipe import Recipe
-from dear_batch.pointwise.rows import Batch, packed_arrays
+from dear_batch.pointwise.rows import Batch, packed_arrays, scores_of_documents
 from dear_batch.pointwise.scorer import Finish
 from dear_batch.pointwise.tensorrt_plan import LoadedPlan, memory_errors, on_gpu, refused
 
@@ -50,7 +50,7 @@ def places(shape: Shape) -> tuple[dict[str, int], int]:
     offsets, end = dict[str, int](), 0
     for name in INPUTS:
         offsets[name] = end
-        end += 4 * (documents if name == "pooled" else rows * tokens)
+        end += 4 * rows * (documents if name == "pooled" else tokens)
         end = -(-end // ALIGNMENT) * ALIGNMENT
     return offsets, end
 
@@ -61,14 +61,14 @@ def fill(inputs: NDArray[np.int32], batch: Batch, shape: Shape, pad_id: int) -> 
     arrays = packed_arrays(replace(batch, length=tokens), pad_id)
     laid_out = (
         *(arrays.tokens_RT, arrays.positions_RT, arrays.groups_RT, arrays.segments_RT),
-        arrays.pooled_N,
+        arrays.pooled_RP,
     )
     offsets, _ = places(shape)
     for (name, padding), array in zip(INPUTS.items(), laid_out, strict=True):
-        size = documents if name == "pooled" else rows * tokens
-        place = inputs[offsets[name] // 4 :][:size]
-        place[: array.size] = array.ravel()
-        place[array.size :] = pad_id if padding is None else padding
+        size = rows * (documents if name == "pooled" else tokens)
+        place = inputs[offsets[name] // 4 :][:size].reshape(rows, -1)
+        place[:] = pad_id if padding is None else padding
+        place[: array.shape[0], : array.shape[1]] = array
 
 
 def as_bytes(pinned: Any) -> NDArray[np.int8]:
@@ -135,7 +135,7 @@ class TensorrtScorer:
         self._device, self._captures = device, loaded.graphs
         self._compute, self._copies = device.create_stream(), device.create_stream()
         in_bytes = max(places(_largest(profile))[1] for profile in profiles)
-        out_bytes = 4 * max(profile.documents.most for profile in profiles)
+        out_bytes = 4 * max(p.rows.most * p.documents.most for p in profiles)
         self._inputs = device.allocate(in_bytes, stream=self._compute)
         self._scores = device.allocate(out_bytes, stream=self._compute)
         self._slots = [_Slot(device, self._compute, in_bytes, out_bytes) for _ in range(2)]
@@ -167,8 +167,7 @@ class TensorrtScorer:
 
     def start(self, batch: Batch) -> Finish:
         """See `Scorer`."""
-        sizes = (len(batch.rows), batch.length, len(batch.documents))
-        index, shape = fit(self._profiles, *sizes)
+        index, shape = fit(self._profiles, len(batch.rows), batch.length, max(batch.counts))
         slot = self._slots[0]
         self._device.set_current()  # this thread may be another one
         try:
@@ -183,7 +182,9 @@ class TensorrtScorer:
         def finish() -> NDArray[np.float32]:
             with memory_errors(self._loaded.said):
                 slot.done.sync()
-            return slot.scores[: sizes[2]].copy()
+            rows, _, documents = shape
+            scores_RP = slot.scores[: rows * documents].reshape(rows, documents)
+            return scores_of_documents(scores_RP, batch)
 
         return finish
 
@@ -257,7 +258,7 @@ class TensorrtScorer:
         context.set_device_memory(int(memory.handle), memory.size)
         inputs = int(self._inputs.handle)
         for name, offset in places(shape)[0].items():
-            sizes = (documents,) if name == "pooled" else (rows, tokens)
+            sizes = (rows, documents if name == "pooled" else tokens)
             self._check(done=context.set_input_shape(name, sizes))
             self._check(done=context.set_tensor_address(name, inputs + offset))
         self._check(done=context.set_tensor_address("scores", int(self._scores.handle)))

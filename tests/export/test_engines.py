@@ -28,15 +28,15 @@ from tests.cli.commands import fail, outcome, succeed, told
 
 pytestmark = pytest.mark.model
 Make = Callable[..., Path]
-# The bundle's own graph is in fp32, so that nothing has to be traced.
-QUICK = EngineSpec(targets=("sm_89",), precision="fp32", row_tokens=256, batch_tokens=256, level=0)
+# The bundle's own graph is in fp16, so that nothing has to be traced.
+QUICK = EngineSpec(targets=("sm_89",), precision="fp16", row_tokens=256, batch_tokens=256, level=0)
 SECONDS = 60.0
 
 
 @pytest.fixture
 def own(bundle: Make, tmp_path: Path) -> Path:
     """A bundle of a test's own."""
-    return Path(shutil.copytree(bundle("llama31"), tmp_path / "bundle"))
+    return Path(shutil.copytree(bundle("llama31", precision="fp16"), tmp_path / "bundle"))
 
 
 def add(folder: Path, **changes: object) -> tuple[Engine, ...]:
@@ -67,7 +67,7 @@ def test_a_bundle_gets_engines_and_stays_the_same_model(own: Path) -> None:
     after = open_bundle(own, "pointwise")
     assert after.manifest.engines == (built,)
     assert after.sha256 == before.sha256
-    assert (built.flavour, built.sm, built.precision) == ("tensorrt_rtx", "sm_89", "fp32")
+    assert (built.flavour, built.sm, built.precision) == ("tensorrt_rtx", "sm_89", "fp16")
     assert built.path == f"engines/tensorrt_rtx-sm_89/{built.sha256}.plan"
     assert built.platform == "linux-x86_64"
     assert (built.row_tokens, built.batch_tokens) == (256, 256)
@@ -86,7 +86,8 @@ def test_building_again_replaces_and_adds(own: Path) -> None:
     check(bundle)
 
 
-def test_half_precision_is_made_from_the_bundle_alone(own: Path) -> None:
+def test_half_precision_is_made_from_the_bundle_alone(bundle: Make, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(bundle("llama31"), tmp_path / "bundle"))
     (built,) = add(own, precision="auto", targets=("sm_80",))
     assert built.precision == "fp16"
     assert built.bytes > 0
@@ -130,7 +131,7 @@ def test_a_failure_of_one_target_leaves_none_of_the_others(own: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        add_engines(own, EngineSpec(("sm_89", "sm_120"), "fp32", **sizes), report, lambda *_: None)
+        add_engines(own, EngineSpec(("sm_89", "sm_120"), "fp16", **sizes), report, lambda *_: None)
     assert left(own) == []
     assert open_bundle(own).manifest.engines == ()
 
@@ -139,7 +140,7 @@ def test_a_failure_of_one_target_leaves_none_of_the_others(own: Path) -> None:
 def exporting(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """The command at work, in the middle of a build."""
     command = [sys.executable, "-m", "dear_batch", "export", str(folder)]
-    command += ["--engine", "tensorrt", "--target", "sm_89", "--precision", "fp32"]
+    command += ["--engine", "tensorrt", "--target", "sm_89", "--precision", "fp16"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stderr
@@ -261,12 +262,12 @@ def test_targets_are_named_or_listed(own: Path) -> None:
 
 def test_the_command_adds_engines(own: Path) -> None:
     sizes = ("--row-tokens", 256, "--batch-tokens", 256, "--level", 0)
-    common = ("export", own, "--engine", "tensorrt", "--precision", "fp32", *sizes)
+    common = ("export", own, "--engine", "tensorrt", "--precision", "fp16", *sizes)
     result = succeed(*common, "--target", "sm_80,sm_89")
     fields = outcome(result)
     assert fields["status"] == "ok"
     assert [engine["sm"] for engine in fields["engines"]] == ["sm_80", "sm_89"]
-    assert "building for sm_80 with tensorrt_rtx in fp32" in result.stderr
+    assert "building for sm_80 with tensorrt_rtx in fp16" in result.stderr
     assert "sm_75" in fail(2, "has no GPU", *common)
 
 

@@ -86,7 +86,7 @@ def test_all_engines_score_as_the_readme_does(
 def test_the_manifest_describes_the_bundle(style: str, bundle: Make) -> None:
     folder = bundle(style)
     fields = json.loads((folder / "bundle.json").read_text())
-    assert fields["schema_version"] == 2
+    assert fields["schema_version"] == 3
     assert fields["task"] == "pointwise"
     assert fields["architecture"]["hidden_size"] == 64
     assert fields["architecture"]["num_layers"] == 2

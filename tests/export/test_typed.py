@@ -78,7 +78,7 @@ def test_products_are_narrow_and_all_else_is_not(precision: str, bundle: Make) -
             found.setdefault(node.op_type, set()).add(kind)
     single = {onnx.TensorProto.FLOAT}
     assert found.pop("product") == {HALF[precision]}
-    assert found.pop("Add") == single  # the residual stream
+    assert found.pop("Add") - {onnx.TensorProto.INT64} == single  # the residual stream
     assert found.keys() == {"head", *WIDE} - {"Add"}
     assert all(kinds == single for kinds in found.values())
 
@@ -241,7 +241,7 @@ def test_the_emulated_graph_rounds_as_torch_does(
     zeros = np.zeros_like(ids)
     feeds = dict(zip(("positions", "groups", "segments"), (zeros,) * 3, strict=True))
     session = onnxruntime.InferenceSession(tmp_path / "shown.onnx")
-    pooled = np.zeros(1, np.int32)
+    pooled = np.zeros((1, 1), np.int32)
     left, right, found = session.run(shown, {"tokens": ids, "pooled": pooled, **feeds})
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     narrow = [torch.from_numpy(array).to(dtype) for array in (left, right)]

@@ -50,15 +50,15 @@ def test_every_batch_and_every_part_of_one_fits_a_profile(
     profiles, pairs, limits = case
     for planned_batch in batches(pairs, limits):
         for batch in halved(planned_batch):
-            rows, tokens, documents = len(batch.rows), batch.length, len(batch.documents)
-            index, (R, T, N) = fit(profiles, rows, tokens, documents)
+            rows, tokens, documents = len(batch.rows), batch.length, max(batch.counts)
+            index, (R, T, P) = fit(profiles, rows, tokens, documents)
             profile = profiles[index]
             assert R in profile.rows
             assert T in profile.tokens
-            assert N in profile.documents
+            assert P in profile.documents
             assert rows == R
             assert tokens <= T < tokens + max(8, tokens / 8)
-            assert documents <= N < 2 * documents
+            assert documents <= P < 2 * documents
 
 
 @given(LIMITS)

@@ -4,7 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dear_batch.pointwise.recipe import EncodedPair
-from dear_batch.pointwise.rows import Layout, batches, pack, packed_arrays, padded_arrays, smaller
+from dear_batch.pointwise.rows import (
+    Batch,
+    Layout,
+    PackedArrays,
+    batches,
+    pack,
+    packed_arrays,
+    padded_arrays,
+    smaller,
+)
 
 ROW = 24
 
@@ -37,6 +46,13 @@ def test_every_document_once_and_never_over_budget(pairs: list[EncodedPair]) -> 
         assert len({group.prefix for group in row.groups}) == len(row.groups)
 
 
+def ends(batch: Batch, arrays: PackedArrays) -> list[tuple[int, int]]:
+    """Row and place of the last token of each document."""
+    assert arrays.pooled_RP.shape == (len(batch.rows), max(batch.counts))
+    rows = zip(arrays.pooled_RP, batch.counts, strict=True)
+    return [(r, int(t)) for r, (ends_P, count) in enumerate(rows) for t in ends_P[:count]]
+
+
 @settings(deadline=None)
 @given(PAIRS, st.sampled_from([ROW, 2 * ROW, 5 * ROW]))
 def test_arrays_hold_each_pair_as_if_it_were_alone(pairs: list[EncodedPair], budget: int) -> None:
@@ -45,8 +61,7 @@ def test_arrays_hold_each_pair_as_if_it_were_alone(pairs: list[EncodedPair], bud
     for batch in batches(pairs, Layout(True, ROW, budget)):
         assert len(batch.rows) * batch.length <= budget
         arrays = packed_arrays(batch, pad_id=0)
-        for document, flat in zip(batch.documents, arrays.pooled_N, strict=True):
-            r, t = divmod(int(flat), batch.length)
+        for document, (r, t) in zip(batch.documents, ends(batch, arrays), strict=True):
             groups, segments = arrays.groups_RT[r], arrays.segments_RT[r]
             visible = (groups == groups[t]) & ((segments == 0) | (segments == segments[t]))
             visible &= np.arange(batch.length) <= t

@@ -21,7 +21,7 @@ from dear_batch.bundle import Engine, open_bundle
 from dear_batch.errors import ConfigurationError, TryAgainError
 from dear_batch.pointwise.profiles import lay_out
 from dear_batch.pointwise.recipe import EncodedPair, PairEncoder
-from dear_batch.pointwise.rows import Batch, Layout, packed_arrays
+from dear_batch.pointwise.rows import Batch, Layout, packed_arrays, scores_of_documents
 from dear_batch.pointwise.scorer import Finish, OneAtATime, Scorer, open_scorer, score_pairs
 from dear_batch.pointwise.selection import Choice
 from tests.conftest import collection_queries, collection_texts
@@ -198,7 +198,8 @@ class Sums(OneAtATime):
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         arrays = packed_arrays(batch, 0)
-        return arrays.tokens_RT.ravel()[arrays.pooled_N].astype(np.float32)
+        found_RP = np.take_along_axis(arrays.tokens_RT, arrays.pooled_RP, 1)
+        return scores_of_documents(found_RP.astype(np.float32), batch)
 
 
 @pytest.mark.parametrize("in_flight", [2, 3, 5])

@@ -60,23 +60,23 @@ def pairs_of(lengths: list[int], prefixes: int = 3) -> list[EncodedPair]:
 @settings(max_examples=60, deadline=None)
 def test_a_batch_in_its_shape_is_the_batch_and_padding(lengths: list[int]) -> None:
     for batch in batches(pairs_of(lengths), layout(PROFILES)):
-        _, shape = fit(PROFILES, len(batch.rows), batch.length, len(batch.documents))
+        _, shape = fit(PROFILES, len(batch.rows), batch.length, max(batch.counts))
         rows, tokens, documents = shape
         offsets, end = places(shape)
         inputs = np.full(end // 4, -7, np.int32)
         fill(inputs, batch, shape, pad_id=2)
         found = read(inputs, shape)
         plain = packed_arrays(batch, pad_id=2)
-        r, t, n = len(batch.rows), batch.length, len(batch.documents)
+        (r, t), p = plain.tokens_RT.shape, max(batch.counts)
         for name in ("tokens", "positions", "groups", "segments"):
             np.testing.assert_array_equal(found[name][:r, :t], getattr(plain, f"{name}_RT"))
         padding = np.ones((rows, tokens), bool)
         padding[:r, :t] = False
         assert set(found["tokens"][padding].tolist()) <= {2}
         assert set(found["groups"][padding].tolist()) <= {-1}
-        at = found["tokens"].ravel()[found["pooled"][:n]]
-        np.testing.assert_array_equal(at, plain.tokens_RT.ravel()[plain.pooled_N])
-        assert found["pooled"][n:].tolist() == [0] * (documents - n)
+        np.testing.assert_array_equal(found["pooled"][:, :p], plain.pooled_RP)
+        assert not found["pooled"][:, p:].any()
+        assert found["pooled"].shape == (rows, documents)
         assert all(offset % ALIGNMENT == 0 for offset in offsets.values())
 
 
@@ -84,7 +84,7 @@ def read(inputs: NDArray[np.int32], shape: tuple[int, int, int]) -> dict[str, ND
     """The inputs as an engine of that shape reads them."""
     rows, tokens, documents = shape
     offsets, _ = places(shape)
-    sizes = {name: (documents,) if name == "pooled" else (rows, tokens) for name in INPUTS}
+    sizes = {name: (rows, documents if name == "pooled" else tokens) for name in INPUTS}
     return {
         name: inputs[offsets[name] // 4 :][: int(np.prod(size))].reshape(size)
         for name, size in sizes.items()
@@ -286,7 +286,7 @@ class Context:
 
     def set_input_shape(self, name: str, sizes: tuple[int, ...]) -> bool:
         profile = PROFILES[self.index]
-        spans = (profile.documents,) if name == "pooled" else (profile.rows, profile.tokens)
+        spans = (profile.rows, profile.documents if name == "pooled" else profile.tokens)
         self.sizes[name] = sizes
         return all(size in span for size, span in zip(sizes, spans, strict=True))
 
@@ -301,7 +301,8 @@ class Context:
             tokens, positions, pooled = (
                 at(addresses[name], sizes[name]) for name in ("tokens", "positions", "pooled")
             )
-            scores = tokens.ravel()[pooled] + positions.ravel()[pooled] / 1000
+            found = (np.take_along_axis(array, pooled, 1) for array in (tokens, positions))
+            scores = next(found) + next(found) / 1000
             at(addresses["scores"], pooled.shape, np.float32)[:] = scores
 
         return compute

@@ -54,8 +54,10 @@ class FakeScorer(OneAtATime):
 
     def _packed(self, batch: Batch) -> Iterator[NDArray[np.integer]]:
         arrays = packed_arrays(batch, RECIPE.pad_id)
-        for flat in arrays.pooled_N:
-            r, t = divmod(int(flat), batch.length)
+        places = (
+            (r, int(arrays.pooled_RP[r, p])) for r, n in enumerate(batch.counts) for p in range(n)
+        )
+        for r, t in places:
             groups_T, segments_T = arrays.groups_RT[r], arrays.segments_RT[r]
             seen_T = (groups_T == groups_T[t]) & np.isin(segments_T, (0, segments_T[t]))
             order = np.argsort(arrays.positions_RT[r][seen_T])
