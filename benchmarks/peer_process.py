@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Peer:
     def end(self) -> None:
         """Let it end."""
         for stream in (self.process.stdin, self.process.stdout):
-            if stream:
-                stream.close()
+            with suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
         self.process.wait()
         self.log.close()

@@ -159,20 +159,26 @@ def rounds(
     not_run: list[dict[str, str]],
 ) -> list[Timed]:
     """The first round chooses, the others count; every second one goes the other way round."""
-    turns: list[tuple[Peer, Timed]] = []
+    turns: list[tuple[Side, Timed]] = []
     for side, (peer, own_ids) in up.items():
         try:
-            turns += [(peer, timed) for timed in first_round(side, peer, own_ids == ids)]
+            turns += [(side, timed) for timed in first_round(side, peer, own_ids == ids)]
         except NotRunError as error:
             refused(side, error, not_run)
-    loop = min(timed.seconds[0] for _, timed in turns if timed.name == LOOP)
+    loop = min((t.seconds[0] for _, t in turns if t.name == LOOP), default=float("inf"))
     again = [turn for turn in turns if turn[1].seconds[0] <= MUCH_SLOWER * loop]
     for _, timed in again:
         timed.seconds, timed.cpu_seconds = [], []
+    gone = set[Side]()
     for number in range(repeats):
-        for peer, timed in again[:: -1 if number % 2 else 1]:
-            repeated(timed, peer)
-    return [timed for _, timed in turns]
+        for side, timed in again[:: -1 if number % 2 else 1]:
+            try:
+                if side not in gone:
+                    repeated(timed, up[side][0])
+            except NotRunError as error:
+                refused(side, error, not_run)
+                gone.add(side)
+    return [timed for side, timed in turns if side not in gone]
 
 
 def name_of(checkpoint: Path) -> str:
