@@ -100,7 +100,7 @@ optimum: demo .venv-optimum/.installed
 .venv-optimum/.installed: Makefile
 	$(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/pip install --quiet "$(TORCH)" "optimum-onnx==0.1.0" "transformers<4.58" \
-		onnxruntime "sentence-transformers==6.2.0"
+		onnxruntime "sentence-transformers<6"
 	touch $@
 
 clean:

@@ -27,16 +27,20 @@ def merge(base: str, adapter: str, out: str) -> None:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.chat_template = None  # a reranker has none, and packages look for one
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     rope = model.config.rope_parameters
     if rope["rope_type"] != "default":
         sys.exit(f"transformers 4 knows {rope} under other names, which are not written here")
-    # Version 4 does not read what version 5 calls these two.
+    # Version 4 knows these under other names, and makes `token_type_ids` unless it is told not to.
     name = json.loads(Path(base, "config.json").read_text()).get("_name_or_path", Path(base).name)
     change(Path(out, "config.json"), rope_theta=rope["rope_theta"], _name_or_path=name)
-    change(Path(out, "tokenizer_config.json"), tokenizer_class="PreTrainedTokenizerFast")
+    names = ["input_ids", "attention_mask"]
+    change(
+        Path(out, "tokenizer_config.json"),
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_input_names=names,
+    )
 
 
 def change(path: Path, **fields: Any) -> None:

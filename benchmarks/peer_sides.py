@@ -154,7 +154,11 @@ class CrossEncoders:
 
 
 class CrossEncodersOnnx(CrossEncoders):
-    """Its ONNX backend, which exports by Optimum."""
+    """Its ONNX backend, which exports by Optimum.
+
+    sentence-transformers 6 asks for transformers 5 and Optimum's ONNX half for 4, so this is the
+    last version that both can be installed beside.
+    """
 
     def __init__(self, model: str) -> None:
         options = {"provider": "CPUExecutionProvider", "session_options": session_options()}

@@ -47,7 +47,7 @@ def sides_of(options: argparse.Namespace) -> list[Side]:
         Side("PyTorch, sorted", "sorted", here, model, "fp32", (16,)),
         Side("PyTorch, sorted", "sorted-bf16", here, model, "bf16", (16,)),
         Side(CROSS_ENCODER, "cross-encoder", peers, model, "fp32", (32, 16, 8), 32),
-        Side(f"{CROSS_ENCODER}, ONNX", "cross-encoder-onnx", optimum, model, "fp32", (32, 8), 32),
+        Side(f"{CROSS_ENCODER} 5, ONNX", "cross-encoder-onnx", optimum, model, "fp32", (32, 8), 32),
         Side("rerankers", "rerankers", peers, model, "fp32", (16,), 16),
         Side(OPTIMUM, "optimum", optimum, model, "fp32", (16, 8, 4)),
         *(
