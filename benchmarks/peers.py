@@ -16,6 +16,7 @@ CHECKPOINT is what the bundles were exported from, in fp32 (`merged_checkpoint.p
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,6 +37,7 @@ from dear_batch.machine import machine
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 MUCH_SLOWER = 1.5  # than the loop
+BUSY = 0.5  # load average, over a minute
 
 
 def sides_of(options: argparse.Namespace) -> list[Side]:
@@ -246,6 +248,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options, here = arguments(), machine()
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        say(f"the load is {load:.1f} before anything began: other work will be in these figures")
     ceiling = measured("ceiling.py", options.checkpoint / "config.json")
     first = measured("first_score.py", options.bundles[0])
     not_run: list[dict[str, str]] = []
@@ -256,6 +261,7 @@ def main() -> None:
         "when": datetime.now(UTC).date().isoformat(),
         "cpu": here.cpu,
         "threads": here.cores,
+        "load_before": round(load, 2),
         "model": name_of(options.checkpoint),
         "candidates": options.candidates.name,
         "collection": options.candidates.parent.name,
