@@ -29,17 +29,14 @@ def serve(name: str, model: str) -> None:
     os.dup2(2, 1)
     lists = json.loads(sys.stdin.readline())
     try:
-        known = versions()
-        if "torch" in known and name != "ours":
-            import torch
-
-            torch.set_num_threads(THREADS)
         start = time.perf_counter()
         side = SIDES[name](model)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(THREADS)
         seconds = round(time.perf_counter() - start, 1)
         query, texts = lists[0]
         side.score([(query, texts[:WARM_UP])], WARM_UP)
-        print(json.dumps({"load_seconds": seconds, "versions": known}), file=answers)
+        print(json.dumps({"load_seconds": seconds, "versions": versions()}), file=answers)
         for line in sys.stdin:
             request = json.loads(line)
             if request["do"] == "ids":

@@ -83,6 +83,6 @@ class Peer:
         """Let it end."""
         for stream in (self.process.stdin, self.process.stdout):
             with suppress(BrokenPipeError):
-                stream.close()  # type: ignore[union-attr]
+                stream.close()
         self.process.wait()
         self.log.close()

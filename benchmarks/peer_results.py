@@ -93,7 +93,7 @@ def entry(timed: Timed, task: Task) -> dict[str, Any]:
 
 def gate(precision: str) -> Gate:
     """What scores of a precision must keep to."""
-    return {**GATES}.get(precision, LOW_PRECISION)  # type: ignore[call-overload]
+    return {**GATES}.get(precision, LOW_PRECISION)
 
 
 def ndcg(task: Task, scores: Sequence[np.ndarray]) -> float | None:

@@ -16,6 +16,7 @@ import peer_results
 import plots
 from peer_process import NotRunError, Peer, Side
 from peer_results import LOOP, OPTIMUM, Task, Timed
+from peer_sides import ReadmeLoop, pairs_of
 
 CEILING = {"gflops": 100.0, "flop_per_token": 2e8}
 
@@ -81,6 +82,12 @@ def test_the_plot_holds_every_ranked_side_in_proportion() -> None:
     assert second - first == pytest.approx(per_decade, abs=0.2)
 
 
+def test_a_side_without_its_environment_says_so(tmp_path: Path) -> None:
+    python = tmp_path / ".venv-peers" / "bin" / "python"
+    with pytest.raises(NotRunError, match=r"\.venv-peers is not there"):
+        Peer(Side("x", "rerankers", python, tmp_path, "fp32", (16,)), [])
+
+
 @pytest.mark.model
 @pytest.mark.process
 def test_sides_score_alike_each_in_a_process_of_its_own(
@@ -99,7 +106,7 @@ def test_sides_score_alike_each_in_a_process_of_its_own(
     lists = [("how are rivers made?", texts[:5]), ("who wrote it?", [texts[7]])]
     here = Path(sys.executable)
     found = {}
-    for kind, model in (("sorted", merged), ("readme-loop", merged), ("ours", ours)):
+    for kind, model in (("sorted", merged), ("ours", ours)):
         peer = Peer(Side("x", kind, here, model, "fp32", (2,)), lists)
         answer = peer.score(2)
         found[kind] = peer.ids(), answer["scores"]
@@ -107,9 +114,11 @@ def test_sides_score_alike_each_in_a_process_of_its_own(
         peer.end()
     ids, scores = found["sorted"]
     assert len(scores) == len(ids) == 6
-    assert len({len(one) for one in ids}) > 1  # so that the loop pads
+    assert len({len(one) for one in ids}) > 1  # so that batches are padded
+    loop = ReadmeLoop(str(merged))
+    found["loop"] = loop.ids(pairs_of(lists)), loop.score(lists, 2)
     for other_ids, others in found.values():
         assert other_ids == ids
         np.testing.assert_allclose(others, scores, atol=1e-4, rtol=0)
-    with pytest.raises(NotRunError, match="Error"):
-        Peer(Side("x", "sorted", here, tmp_path / "absent", "fp32", (2,)), lists)
+    with pytest.raises(NotRunError, match="absent"):
+        Peer(Side("x", "ours", here, tmp_path / "absent", "fp32", (2,)), lists)
