@@ -63,6 +63,11 @@ def readme(result: Fields) -> str:
         if side["not_ranked"]
     ]
     lines += [
+        f"Timed once, being much slower than the loop: {label(side)}."
+        for side in result["sides"]
+        if len(side["seconds"]) < result["repeats"]
+    ]
+    lines += [
         f"Not run: {side['name']}, {side['precision']}: {side['reason']}."
         for side in result["not_run"]
     ]
