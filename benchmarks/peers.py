@@ -251,10 +251,13 @@ def main() -> None:
     load = os.getloadavg()[0]
     if load > BUSY:
         say(f"the load is {load:.1f} before anything began: other work will be in these figures")
-    ceiling = measured("ceiling.py", options.checkpoint / "config.json")
+    config = options.checkpoint / "config.json"
+    ceilings = [measured("ceiling.py", config)]
     first = measured("first_score.py", options.bundles[0])
     not_run: list[dict[str, str]] = []
     found = benchmark(options, not_run)
+    ceilings.append(measured("ceiling.py", config))
+    ceiling = max(ceilings, key=lambda one: one["gflops"])
     sides = compared(found.pop("sides"), ceiling)
     result = {
         "benchmark": "peers",
