@@ -8,7 +8,7 @@ WORKERS ?= --numprocesses 2 --dist loadfile
 DATA ?= $(or $(DEAR_BATCH_TEST_DATA),../shared/data)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo check test test-all audit bench bench-listwise bench-ledger optimum clean
+.PHONY: setup demo check test test-all audit bench bench-agreement bench-listwise bench-ledger optimum clean
 
 setup: .venv/.installed
 
@@ -55,9 +55,31 @@ audit: setup
 	@$(PIP_AUDIT) --local --skip-editable || \
 		{ echo "audit: FAILED, known vulnerabilities above, or no answer for some package" >&2; exit 1; }
 
+# Ours beside everything else that scores the same pairs: a table, the README's plot and figures,
+# one line of JSON. About 40 minutes, on an idle machine.
+BUNDLES ?= .demo/bundle
+bench: demo .demo/merged/config.json $(BUNDLES) .venv-peers/.installed .venv-optimum/.installed
+	$(BIN)/python benchmarks/peers.py .demo/merged $(DATA)/dl19/bm25-top100.rankgpt.json $(BUNDLES) \
+		--qrels $(DATA)/dl19/qrels.txt
+
+ADAPTER := examples/smollm2-pointwise-lora
+
+.demo/merged/config.json: benchmarks/merged_checkpoint.py | demo
+	$(BIN)/python benchmarks/merged_checkpoint.py .demo/base $(ADAPTER) .demo/merged
+
+.demo/bundle: | demo
+
+.demo/bundle-%: | demo
+	$(BIN)/dear-batch export --model .demo/base --adapter $(ADAPTER) --precision $* --output $@
+
+.venv-peers/.installed: Makefile
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet "$(TORCH)" "sentence-transformers==6.2.0" "rerankers[transformers]==0.10.0"
+	touch $@
+
 # Our run beside a plain PyTorch loop, on the demo's bundle and a real collection
-bench: demo
-	$(BIN)/python benchmarks/agreement.py .demo/bundle .demo/base examples/smollm2-pointwise-lora \
+bench-agreement: demo
+	$(BIN)/python benchmarks/agreement.py .demo/bundle .demo/base $(ADAPTER) \
 		$(DATA)/noveleval/google-top20.rankgpt.json $(DATA)/noveleval/qrels.txt
 
 # Listwise windows decoded by us and by Hugging Face, and what decided the cache
@@ -77,8 +99,9 @@ optimum: demo .venv-optimum/.installed
 
 .venv-optimum/.installed: Makefile
 	$(PYTHON) -m venv .venv-optimum
-	.venv-optimum/bin/pip install --quiet "$(TORCH)" "optimum-onnx==0.1.0" "transformers<4.58" onnxruntime
+	.venv-optimum/bin/pip install --quiet "$(TORCH)" "optimum-onnx==0.1.0" "transformers<4.58" \
+		onnxruntime "sentence-transformers<6"
 	touch $@
 
 clean:
-	rm -rf .venv .venv-optimum .demo
+	rm -rf .venv .venv-optimum .venv-peers .demo

@@ -1,12 +1,12 @@
 """Every engine of this machine on random weights of the 8B and 3B shapes: speed and scores.
 
 For each shape and 16-bit precision a bundle is written, a TensorRT engine is built where that can
-be, and each engine scores the same pairs, of lengths as those of TREC DL 2019, in a process of
-its own. "Real" tokens are counted before queries are shared, "computed" ones with padding. The
-device's own rate of 16-bit matrix products is measured, too, and each engine's share of it on
-computed tokens. Scores of a few pairs are compared with PyTorch fp32 on the CPU. What could not
-run is listed with the reason. The last line is JSON, also kept in benchmarks/results/ unless a
-model was made smaller.
+be, and each engine scores the same pairs, of lengths as those of TREC DL 2019, in a process of its
+own; so does plain PyTorch, Hugging Face's model in bf16 on batches of like length. "Real" tokens
+are counted before queries are shared, "computed" ones with padding. The device's own rate of 16-bit
+matrix products is measured, too, and each engine's share of it on computed tokens. Scores of a few
+pairs are compared with PyTorch fp32 on the CPU. What could not run is listed with the reason. The
+last line is JSON, also kept in benchmarks/results/ unless a model was made smaller.
 
     python benchmarks/engines.py [--shapes 8b 3b] [--precisions fp16 bf16] [--layers N] [--tiny]
 
@@ -56,7 +56,8 @@ PREFIX_TOKENS = 10  # bos, "query:" and the query, on average
 LIST = 100  # candidates of a query
 COMPARED = 8  # pairs whose scores are compared with fp32
 RECIPE = Recipe("readme", "last-token", (1,), (1,), (), pad_id=0)
-ENGINES = ("tensorrt", "onnxruntime", "torch")
+PLAIN = "transformers"  # Hugging Face's model in plain PyTorch, none of our engines
+ENGINES = ("tensorrt", "onnxruntime", "torch", PLAIN)
 PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime-gpu", "torch", "transformers", "cuda-core")
 
 
@@ -137,6 +138,10 @@ def build_engine(folder: Path, precision: str) -> dict[str, Any]:
 
 def measure(folder: Path, engine: str, device: str, count: int, shape: str) -> dict[str, Any]:
     """Speed of an engine, the second time over, and the scores of the first few pairs."""
+    if engine == PLAIN:
+        from plain_torch import measure_plain
+
+        return measure_plain(folder, device, random_pairs(count, SHAPES[shape][-1]), COMPARED)
     bundle = open_bundle(folder)
     choice = choose(bundle, machine(), engine, device)
     start = time.perf_counter()
@@ -276,7 +281,7 @@ def benchmark(options: argparse.Namespace, shape: str, folder: Path) -> list[dic
         if expected is None and "reason" not in made:
             expected = step("reference", place, options.pairs, shape).get("scores")
         for engine in options.engines:
-            if engine == "torch" and precision != options.precisions[0]:
+            if engine in ("torch", PLAIN) and precision != options.precisions[0]:
                 continue  # it computes in bf16 whatever is stored
             found: dict[str, Any] = {**common, "engine": engine, **made}
             if engine == "tensorrt" and "reason" not in made:
