@@ -157,7 +157,7 @@ def _by_torch(K: int, N: int, device: str, precision: str) -> Iterator[Multiply]
     from dear_batch.pointwise.torch_scorer import NAMES
     from dear_batch.torch_memory import memory_errors
 
-    dtype = {name: dtype for dtype, name in NAMES.items()}[precision]
+    dtype = next(dtype for dtype, name in NAMES.items() if name == precision)
     with memory_errors(), torch.inference_mode():
         weight_NK = torch.randn(N, K, device=device, dtype=dtype)
         inputs = dict[int, Any]()

@@ -35,6 +35,7 @@ from dear_batch.specs import ExecutionSpec
 PASSES = 3  # that are measured; one before them warms up
 SECONDS = 60.0  # of scoring, about
 FIRST_PAIRS = 16  # from which on the pairs for so many seconds are looked for
+PART_PAIRS = 4096  # that a part is written of; a shard has about 1,000 to 40,000
 GOLDEN = (5**0.5 - 1) / 2
 # In the order of a job; all but `score` are the CPU side.
 STAGES = ("read", "tokenise", "plan", "score", "write")
@@ -176,7 +177,7 @@ class _Bench:
 
         Tried with more and more of them, for a small part of the time.
         """
-        most, count, took = sum(len(item.candidates) for item in lists), FIRST_PAIRS, 0.0
+        most, count = sum(len(item.candidates) for item in lists), FIRST_PAIRS
         while True:
             count = min(count, most)
             tried = self.run(taken_from(lists, count), "looking for a size")
@@ -199,10 +200,11 @@ class _Bench:
         clock.seconds["score"] = self.scorer.busy_seconds - busy
         clock.seconds["plan"] -= clock.seconds["score"]
         with clock.timed("write"):
-            _write(lists, scored)
+            copies = _write(lists, scored)
         clock.seconds["read"] *= work.pairs / read
+        clock.seconds["write"] /= copies
         pairs = (pair for block in found for some in block.pairs for pair in some)
-        return Pass(dict(clock.seconds), cpu_seconds, work, sum(map(len, pairs)))
+        return Pass(work, sum(map(len, pairs)), dict(clock.seconds), cpu_seconds)
 
     def _read(self) -> int:
         """Read and admit lists from the beginning of the file; how many pairs these were."""
@@ -233,10 +235,16 @@ class _Bench:
         )
 
 
-def _write(lists: Sequence[Admitted], scored: Sequence[ScoredList]) -> None:
-    """Rank lists and write them as a shard's part, into a folder that goes away."""
+def _write(lists: Sequence[Admitted], scored: Sequence[ScoredList]) -> int:
+    """Rank lists and write them as a shard's part, into a folder that goes away.
+
+    What a file costs by itself would weigh too much on few lists, so they are written as often
+    as fills a shard; how often is returned.
+    """
+    copies = -(-PART_PAIRS // sum(len(item.candidates) for item in scored))
     with TemporaryDirectory() as folder, part_writer(Path(folder) / "part.parquet") as write:
-        for admitted, item in zip(lists, scored, strict=True):
+        for admitted, item in [*zip(lists, scored, strict=True)] * copies:
             ranking, _ = finite(admitted, item, 1.0)
             if ranking:
                 write(ranking)
+    return copies

@@ -3,6 +3,7 @@
 Sums alone: the same measurements give the same figures.
 """
 
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -120,7 +121,7 @@ def _volume(candidates: int, rate: float, price_per_hour: float | None) -> Field
     return {"candidates": candidates, "seconds": _digits(seconds), "cost": cost}
 
 
-def _all_digits(found: dict[str, float]) -> dict[str, float | None]:
+def _all_digits(found: Mapping[str, float | None]) -> Fields:
     return {name: _digits(value) for name, value in found.items()}
 
 
