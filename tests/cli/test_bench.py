@@ -57,8 +57,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.model
-def test_one_line_of_json(bundle: Make, lists: Path, tmp_path: Path) -> None:
+def test_one_line_of_json(
+    bundle: Make,
+    lists: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     folder = bundle("llama31")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     before = everything(folder)
     common = ("--bundle", folder, "--input", lists)
     prices = ("--price-per-hour", 7.2, "--volume", "2.5k")

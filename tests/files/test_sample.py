@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dear_batch.data import Candidate, CandidateList
@@ -44,3 +46,12 @@ def test_a_large_one_is_bounded_and_spread(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sample, "SAMPLE_PLACES", 3)
     found = list(sample_lists(open_input(tmp_path / "c.parquet")))
     assert {item.row // 10 for item in found} == {0, 3, 6}
+
+
+def test_a_flat_list_may_lie_in_several_row_groups(tmp_path: Path) -> None:
+    rows = [
+        {"qid": f"q{n // 7}", "query": "who?", "docid": f"d{n}", "text": "x"} for n in range(28)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet", row_group_size=3)
+    found = list(sample_lists(open_input(tmp_path / "c.parquet")))
+    assert [(item.qid, len(item.candidates)) for item in found] == [(f"q{n}", 7) for n in range(4)]
