@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from dear_batch.show import passed_over, seconds_of
+from dear_batch.show import passed_over
 
 UNITS = ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s"))
 
@@ -28,7 +28,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "sample", _sample(found)
     yield "speed", _speed(found)
     yield "computed", _computed(found)
-    yield "seconds", seconds_of(found["seconds"])
+    yield "seconds", ", ".join(f"{name} {value:.4f}" for name, value in found["seconds"].items())
     yield "engine's share", _shares(found)
     yield "ceiling", _ceiling(found)
     yield "CPU side", _cpu_side(found)
@@ -50,7 +50,7 @@ def _engine(found: Mapping[str, Any]) -> str:
 def _sample(found: Mapping[str, Any]) -> str:
     low, high = min(found["score_seconds"]), max(found["score_seconds"])
     return (
-        f"{found['lists']:,} lists, {found['pairs']:,} pairs, {found['real_tokens']:,} tokens, "
+        f"{found['pairs']:,} pairs of {found['lists']:,} lists, {found['real_tokens']:,} tokens, "
         f"{found['truncated_pairs'] / found['pairs']:.1%} of the pairs truncated; "
         f"median of {found['passes']} passes of {low:g} to {high:g} s"
     )

@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dear_batch.data import CandidateList, ScoredList
+from dear_batch.data import CandidateList, ScoredCandidate, ScoredList
 from dear_batch.errors import InputError
 from dear_batch.files.parquet import InputFile, RowReader, open_input
 from dear_batch.files.parts import part_writer
 from dear_batch.files.places import Places
 from dear_batch.files.sample import SAMPLE_PAIRS, sample_lists
 from dear_batch.pointwise.ceiling import Ceiling, layer_products, measure_ceiling
-from dear_batch.pointwise.rows import Batch
+from dear_batch.pointwise.recipe import EncodedPair
+from dear_batch.pointwise.rows import Batch, batches, packed_arrays, padded_arrays
 from dear_batch.pointwise.scorer import Finish, Scorer
 from dear_batch.run.admission import Admission, Admitted
-from dear_batch.run.blocks import Block, Work, blocks, score_block
+from dear_batch.run.blocks import BLOCK_PAIRS, Block, Work, blocks, score_block
 from dear_batch.run.loading import Loaded, load_pointwise
 from dear_batch.run.pointwise import finite
 from dear_batch.run.report import Stopwatch
@@ -35,22 +36,34 @@ from dear_batch.specs import ExecutionSpec
 PASSES = 3  # that are measured; one before them warms up
 SECONDS = 60.0  # of scoring, about
 FIRST_PAIRS = 16  # from which on the pairs for so many seconds are looked for
-PART_PAIRS = 4096  # that a part is written of; a shard has about 1,000 to 40,000
+# The CPU side is fast, and measured on more than is scored: what a job takes at a time.
+CPU_PAIRS = BLOCK_PAIRS
 GOLDEN = (5**0.5 - 1) / 2
-# In the order of a job; all but `score` are the CPU side.
-STAGES = ("read", "tokenise", "plan", "score", "write")
+# In the order of a job; the engine's is between the last two.
+CPU_STAGES = ("read", "tokenise", "plan", "write")
 Fields = dict[str, Any]
 Advance = Callable[[str, float, int], None]  # (pass, pairs done, pairs in all)
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """What was scored once, and the wall seconds of each stage; tokenising uses several cores.
+class Scoring:
+    """What the engine did in one pass, and in how many seconds.
 
     `real_tokens` are those of all pairs alone, so that they do not depend on how rows are packed.
     """
 
     work: Work
+    real_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSide:
+    """Wall seconds of each other stage for pairs of so many tokens.
+
+    Tokenising alone spreads over cores, and so has CPU seconds of its own.
+    """
+
     real_tokens: int
     seconds: dict[str, float]
     tokenise_cpu_seconds: float
@@ -58,13 +71,14 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An engine on a sample: equal passes over the same lists, and what the device could do."""
+    """An engine on a sample: equal passes over the same lists, and what else a job needs."""
 
     loaded: Loaded
     input: str
     lists: int
     load_seconds: float
-    passes: tuple[Pass, ...]
+    scoring: tuple[Scoring, ...]
+    cpu_side: tuple[CpuSide, ...]
     config: Fields
     ceiling: Ceiling
 
@@ -130,13 +144,16 @@ def measure(
     start = time.perf_counter()
     loaded = load_pointwise(bundle, execution, watch)
     load_seconds = time.perf_counter() - start
-    bench = _Bench(file, loaded, _ClockedScorer(loaded.scorer), watch, advance)
+    bench = _Bench(file, loaded, watch, advance)
     taken = taken_from(lists, pairs or bench.affordable(lists, seconds))
-    bench.run(taken, "warm-up")
-    passes = tuple(bench.run(taken, f"pass {n} of {PASSES}") for n in range(1, PASSES + 1))
+    bench.scoring(taken, "warm-up")
+    scoring = tuple(bench.scoring(taken, f"pass {n} of {PASSES}") for n in range(1, PASSES + 1))
+    more = taken_from(lists, CPU_PAIRS)
+    cpu_side = tuple(bench.cpu_side(more) for _ in range(PASSES))
     config = json.loads(loaded.bundle.file("config.json").read_bytes())
     return Measured(
-        loaded, str(path), len(taken), load_seconds, passes, config, bench.ceiling(config)
+        *(loaded, str(path), len(taken), load_seconds, scoring, cpu_side),
+        *(config, bench.ceiling(config)),
     )
 
 
@@ -168,7 +185,6 @@ class _Bench:
 
     file: InputFile
     loaded: Loaded
-    scorer: _ClockedScorer
     watch: Watch
     advance: Advance
 
@@ -180,31 +196,46 @@ class _Bench:
         most, count = sum(len(item.candidates) for item in lists), FIRST_PAIRS
         while True:
             count = min(count, most)
-            tried = self.run(taken_from(lists, count), "looking for a size")
-            took = tried.seconds["plan"] + tried.seconds["score"]
+            took = self.scoring(taken_from(lists, count), "looking for a size").seconds
             if took > seconds / 50 or count == most:
                 return max(1, min(most, round(count * seconds / (1 + PASSES) / took)))
             count *= 4
 
-    def run(self, lists: Sequence[Admitted], name: str) -> Pass:
-        """Take the lists through all stages, with the time of each."""
-        clock, work, busy = Stopwatch(), Work(), self.scorer.busy_seconds
+    def scoring(self, lists: Sequence[Admitted], name: str) -> Scoring:
+        """Score all pairs of the lists once."""
+        found, scorer = self._blocks(lists), _ClockedScorer(self.loaded.scorer)
+        pairs = [pair for block in found for some in block.pairs for pair in some]
+        work = Work()
+        for block in found:
+            before, count = work.pairs, sum(map(len, block.pairs))
+
+            def progress(share: float, before: int = before, count: int = count) -> None:
+                self.watch.check()
+                self.advance(name, before + share * count, len(pairs))
+
+            score_block(block, scorer, work, progress)
+        return Scoring(work, sum(map(len, pairs)), scorer.busy_seconds)
+
+    def cpu_side(self, lists: Sequence[Admitted]) -> CpuSide:
+        """Take lists through all other stages; scores are made up of ranks."""
+        clock, n_pairs = Stopwatch(), sum(len(item.candidates) for item in lists)
         with clock.timed("read"):
-            read = self._read()
+            n_read = self._read()
+        clock.seconds["read"] *= n_pairs / n_read
         cpu_seconds = time.process_time()
         with clock.timed("tokenise"):
-            found = list(blocks(lists, self.loaded.encoder, None))
+            found = self._blocks(lists)
         cpu_seconds = time.process_time() - cpu_seconds
+        pairs = [pair for block in found for some in block.pairs for pair in some]
         with clock.timed("plan"):
-            scored = list(self._scored(found, work, name))
-        clock.seconds["score"] = self.scorer.busy_seconds - busy
-        clock.seconds["plan"] -= clock.seconds["score"]
+            self._lay_out(pairs)
         with clock.timed("write"):
-            copies = _write(lists, scored)
-        clock.seconds["read"] *= work.pairs / read
-        clock.seconds["write"] /= copies
-        pairs = (pair for block in found for some in block.pairs for pair in some)
-        return Pass(work, sum(map(len, pairs)), dict(clock.seconds), cpu_seconds)
+            _write(lists)
+        self.watch.check()
+        return CpuSide(sum(map(len, pairs)), dict(clock.seconds), cpu_seconds)
+
+    def _blocks(self, lists: Sequence[Admitted]) -> list[Block]:
+        return list(blocks(lists, self.loaded.encoder, None))
 
     def _read(self) -> int:
         """Read and admit lists from the beginning of the file; how many pairs these were."""
@@ -216,16 +247,14 @@ class _Bench:
                     break
         return pairs
 
-    def _scored(self, found: Sequence[Block], work: Work, name: str) -> Iterator[ScoredList]:
-        total = sum(len(pairs) for block in found for pairs in block.pairs)
-        for block in found:
-            before, count = work.pairs, sum(map(len, block.pairs))
-
-            def progress(share: float, before: int = before, count: int = count) -> None:
-                self.watch.check()
-                self.advance(name, before + share * count, total)
-
-            yield from score_block(block, self.scorer, work, progress)
+    def _lay_out(self, pairs: Sequence[EncodedPair]) -> None:
+        """Plan batches and make their arrays, as engines do before they begin."""
+        layout, pad_id = self.loaded.scorer.layout, self.loaded.encoder.recipe.pad_id
+        for batch in batches(pairs, layout):
+            if layout.packed:
+                packed_arrays(batch, pad_id)
+            else:
+                padded_arrays(batch, pad_id)
 
     def ceiling(self, config: Fields) -> Ceiling:
         """What the device could do at best."""
@@ -235,16 +264,15 @@ class _Bench:
         )
 
 
-def _write(lists: Sequence[Admitted], scored: Sequence[ScoredList]) -> int:
-    """Rank lists and write them as a shard's part, into a folder that goes away.
-
-    What a file costs by itself would weigh too much on few lists, so they are written as often
-    as fills a shard; how often is returned.
-    """
-    copies = -(-PART_PAIRS // sum(len(item.candidates) for item in scored))
+def _write(lists: Sequence[Admitted]) -> None:
+    """Rank lists and write them as a shard's part, into a folder that goes away."""
     with TemporaryDirectory() as folder, part_writer(Path(folder) / "part.parquet") as write:
-        for admitted, item in [*zip(lists, scored, strict=True)] * copies:
-            ranking, _ = finite(admitted, item, 1.0)
+        for item in lists:
+            candidates = zip(item.candidates, item.first_ranks, strict=True)
+            scored = tuple(
+                ScoredCandidate(c.docid, rank, c.first_score, rank * GOLDEN % 1)
+                for c, rank in candidates
+            )
+            ranking, _ = finite(item, ScoredList(item.qid, scored), 1.0)
             if ranking:
                 write(ranking)
-    return copies

@@ -9,7 +9,7 @@ from typing import Any
 
 from dear_batch.pointwise.ceiling import flops_per_token
 from dear_batch.pointwise.selection import told
-from dear_batch.run.bench import STAGES, Measured
+from dear_batch.run.bench import CPU_STAGES, Measured
 from dear_batch.run.report import OK
 
 CORES = 16  # of a server's share for one GPU: the CPU side is told for so many, too
@@ -25,11 +25,10 @@ def figures(
 
     `price_per_hour` is the machine's; `volume` is a number of candidates.
     """
-    loaded, work = measured.loaded, measured.passes[0].work
-    real_tokens = measured.passes[0].real_tokens
-    seconds = {s: median(p.seconds[s] for p in measured.passes) for s in STAGES}
-    serial, spread = _cpu_side(measured, seconds)
-    cores, score = loaded.machine.cores, seconds["score"]
+    loaded, work = measured.loaded, measured.scoring[0].work
+    real_tokens, cores = measured.scoring[0].real_tokens, loaded.machine.cores
+    score = median(one.seconds for one in measured.scoring)
+    seconds, serial, spread = _cpu_side(measured, real_tokens)
     total = _overlapped(score, serial, spread, cores, shared=loaded.scorer.device == "cpu")
     per_token = flops_per_token(measured.config)
     reached, most = work.computed_tokens * per_token / score, measured.ceiling.flops
@@ -40,7 +39,7 @@ def figures(
         "prefix_share": 1 - work.tokens / real_tokens,
         "padding_share": 1 - work.tokens / work.computed_tokens,
         "engine_share": score / total,
-        "engine_share_in_turn": score / sum(seconds.values()),
+        "engine_share_in_turn": score / (score + sum(seconds.values())),
         "flops_per_second": reached,
         "ceiling_share": reached / most if most else None,
         "cpu_side_real_tokens_per_second": real_tokens / (serial + spread / cores),
@@ -56,8 +55,9 @@ def figures(
         "tokens": work.tokens,
         "computed_tokens": work.computed_tokens,
         "memory_backoffs": work.memory_backoffs,
-        "seconds": {"load": _digits(measured.load_seconds), **_all_digits(seconds)},
-        "score_seconds": [_digits(p.seconds["score"]) for p in measured.passes],
+        "load_seconds": _digits(measured.load_seconds),
+        "score_seconds": [_digits(one.seconds) for one in measured.scoring],
+        "seconds": _all_digits({**seconds, "score": score}),
         **_all_digits(found),
         "flops_per_token": per_token,
         "ceiling": {
@@ -87,22 +87,26 @@ def _facts(measured: Measured) -> Fields:
         "row_tokens": scorer.layout.row_tokens,
         "batch_tokens": scorer.layout.batch_tokens,
         "lists": measured.lists,
-        "passes": len(measured.passes),
+        "passes": len(measured.scoring),
     }
 
 
-def _cpu_side(measured: Measured, seconds: dict[str, float]) -> tuple[float, float]:
-    """Seconds of all but the engine: on one core, and those that spread over cores.
+def _cpu_side(measured: Measured, real_tokens: int) -> tuple[dict[str, float], float, float]:
+    """Seconds of each stage for so many tokens; those on one core, those that spread over cores.
 
     Python's stages share one interpreter lock. Of tokenising, wall time on `cores` is
     `serial + spread / cores` and CPU time `serial + spread`, which gives both.
     """
-    cores = measured.loaded.machine.cores
+    cores, share = measured.loaded.machine.cores, real_tokens / measured.cpu_side[0].real_tokens
+    seconds = {
+        stage: share * median(one.seconds[stage] for one in measured.cpu_side)
+        for stage in CPU_STAGES
+    }
     wall = seconds["tokenise"]
-    cpu = max(wall, median(p.tokenise_cpu_seconds for p in measured.passes))
-    spread = min(cpu, (cpu - wall) * cores / (cores - 1)) if cores > 1 else 0.0
-    others = sum(seconds[stage] for stage in STAGES if stage not in {"tokenise", "score"})
-    return others + cpu - spread, spread
+    cpu = share * median(one.tokenise_cpu_seconds for one in measured.cpu_side)
+    spread = max(0.0, (cpu - wall) * cores / (cores - 1)) if cores > 1 else 0.0
+    spread = min(spread, wall * cores)
+    return seconds, sum(seconds.values()) - spread / cores, spread
 
 
 def _overlapped(score: float, serial: float, spread: float, cores: int, *, shared: bool) -> float:

@@ -31,6 +31,7 @@ FIELDS = {
     "tokens",
     "computed_tokens",
     "memory_backoffs",
+    "load_seconds",
     "seconds",
     "score_seconds",
     "pairs_per_second",
@@ -91,7 +92,7 @@ def test_one_line_of_json(
 def test_a_table_for_people(bundle: Make, lists: Path) -> None:
     folder = bundle("llama31")
     text = succeed("bench", "--bundle", folder, "--input", lists, "--seconds", 1).stdout
-    for expected in ("3 lists, 18 pairs", "onnxruntime", "tokens/s", "1,000,000 candidates"):
+    for expected in ("18 pairs of 3 lists", "onnxruntime", "tokens/s", "1,000,000 candidates"):
         assert expected in text
     for row in ("engine's share", "ceiling", "CPU side", "padding", "on 16"):
         assert row in text

@@ -19,7 +19,7 @@ from dear_batch.pointwise import ceiling
 from dear_batch.pointwise.ceiling import Ceiling, flops_per_token
 from dear_batch.pointwise.rows import Layout
 from dear_batch.run import bench
-from dear_batch.run.bench import PASSES, STAGES, Measured, Pass, measure, taken_from
+from dear_batch.run.bench import CPU_STAGES, PASSES, CpuSide, Measured, Scoring, measure, taken_from
 from dear_batch.run.bench_figures import figures
 from dear_batch.run.local import run_job
 from dear_batch.specs import ExecutionSpec, InputSpec, JobSpec, OutputSpec, PointwiseSpec
@@ -82,7 +82,10 @@ def test_it_scores_what_a_run_scores(flat: bool, bundle: Make, tmp_path: Path) -
     assert found["padding_share"] == pytest.approx(report["padding_share"], abs=1e-4)
     assert found["lists"] == LISTS - 1
     assert found["real_tokens"] > found["tokens"]  # prefixes are shared
-    assert len({(p.work.tokens, p.work.pairs, p.real_tokens) for p in measured.passes}) == 1
+    assert all(
+        replace(p, seconds=0) == replace(measured.scoring[0], seconds=0) for p in measured.scoring
+    )
+    assert {one.real_tokens for one in measured.cpu_side} == {found["real_tokens"]}
 
 
 @pytest.mark.model
@@ -94,14 +97,16 @@ def test_a_sample_of_so_many_pairs(bundle: Make, tmp_path: Path) -> None:
         bundle("llama31"), path, execution, pairs=11, advance=lambda *item: told.append(item)
     )
     assert measured.lists == 2
-    assert {p.work.pairs for p in measured.passes} == {11}
+    assert [one.work.pairs for one in measured.scoring] == [11] * PASSES
     names = ["warm-up", *(f"pass {n + 1} of {PASSES}" for n in range(PASSES))]
     assert list(dict.fromkeys(name for name, _, _ in told)) == names
     assert {total for _, _, total in told} == {11}
     assert [done for name, done, _ in told if name == names[-1]][-1] == 11
-    for found in measured.passes:
-        assert set(found.seconds) == set(STAGES)
+    assert all(one.seconds > 0 for one in measured.scoring)
+    for found in measured.cpu_side:
+        assert set(found.seconds) == set(CPU_STAGES)
         assert all(value > 0 for value in found.seconds.values())
+        assert found.real_tokens > measured.scoring[0].real_tokens  # of all pairs that there are
     assert measured.ceiling.by == "torch"
     assert figures(measured)["prefix_share"] == pytest.approx(0, abs=1e-9)  # one pair a row
 
@@ -110,16 +115,16 @@ def test_a_sample_of_so_many_pairs(bundle: Make, tmp_path: Path) -> None:
 def test_as_many_pairs_as_the_time_allows(
     bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At 10 ms a pair, 4 seconds are 400 pairs, 100 in each of the 4 passes; or all there are."""
+    """At 10 ms a pair, 2 seconds are 200 pairs, 50 in each of the 4 passes; or all there are."""
     folder, path = bundle("llama31"), write(tmp_path / "in.parquet")
-    run, tried = bench._Bench.run, list[int]()
+    scoring, tried = bench._Bench.scoring, list[int]()
 
-    def slow(self: Any, lists: Any, name: str) -> Pass:
-        found = run(self, lists, name)
+    def slow(self: Any, lists: Any, name: str) -> Scoring:
+        found = scoring(self, lists, name)
         tried.append(found.work.pairs)
-        return replace(found, seconds={**found.seconds, "plan": 0, "score": 0.01 * tried[-1]})
+        return replace(found, seconds=0.01 * tried[-1])
 
-    monkeypatch.setattr(bench._Bench, "run", slow)
+    monkeypatch.setattr(bench._Bench, "scoring", slow)
     measure(folder, path, seconds=2)
     assert tried == [16, *[50] * 4]
     tried.clear()
@@ -201,14 +206,17 @@ def test_the_time_that_an_engine_is_busy(monkeypatch: pytest.MonkeyPatch) -> Non
 def measured(bundle: Make, tmp_path: Path) -> Measured:
     """Of a real bundle, with round times: 1,000 real tokens in 10 seconds, on 2 cores."""
     found = measure(bundle("llama31"), write(tmp_path / "in.parquet"), pairs=10)
-    work = replace(found.passes[0].work, pairs=10, tokens=900, computed_tokens=1200)
-    seconds = {"read": 0.1, "tokenise": 0.6, "plan": 0.2, "score": 10.0, "write": 0.1}
-    middle = Pass(work, 1000, seconds, 1.0)
-    slow = replace(middle, seconds={name: 9 * value for name, value in seconds.items()})
-    fast = replace(middle, seconds=dict.fromkeys(seconds, 0.0), tokenise_cpu_seconds=0.0)
+    work = replace(found.scoring[0].work, pairs=10, tokens=900, computed_tokens=1200)
+    scoring = tuple(Scoring(work, 1000, seconds) for seconds in (90.0, 0.0, 10.0))
+    # For twice as many tokens; one measurement is too fast, and one too slow.
+    seconds = {"read": 0.2, "tokenise": 1.2, "plan": 0.4, "write": 0.2}
+    sides = [
+        CpuSide(2000, {name: by * value for name, value in seconds.items()}, by * 2.0)
+        for by in (9, 0, 1)
+    ]
     loaded = replace(found.loaded, machine=replace(found.loaded.machine, cores=2))
     best = Ceiling(1e9, "onnxruntime", "fp32", 512)
-    return replace(found, loaded=loaded, passes=(slow, fast, middle), ceiling=best)
+    return replace(found, loaded=loaded, scoring=scoring, cpu_side=tuple(sides), ceiling=best)
 
 
 @pytest.mark.model
@@ -236,6 +244,13 @@ def test_the_sums(measured: Measured) -> None:
     assert found["volume"]["candidates"] == 5000
     assert found["volume"]["seconds"] == pytest.approx(500 * total, rel=1e-3)
     assert found["score_seconds"] == [90, 0, 10]
+    assert found["seconds"] == {
+        "read": 0.1,
+        "tokenise": 0.6,
+        "plan": 0.2,
+        "write": 0.1,
+        "score": 10,
+    }
     json.dumps(found, allow_nan=False)
 
 
@@ -245,10 +260,8 @@ def test_beside_an_engine_of_its_own_the_slower_side_decides(measured: Measured)
     measured.loaded.scorer.device = "cuda:0"
     assert figures(measured)["engine_share"] == 1
     assert figures(measured)["pairs_per_second"] == 1
-    quick = tuple(
-        replace(found, seconds={**found.seconds, "score": 0.25}) for found in measured.passes
-    )
-    found = figures(replace(measured, passes=quick))
+    quick = tuple(replace(one, seconds=0.25) for one in measured.scoring)
+    found = figures(replace(measured, scoring=quick))
     assert found["engine_share"] == pytest.approx(0.25)
     assert found["real_tokens_per_second"] == found["cpu_side_real_tokens_per_second"]
 
