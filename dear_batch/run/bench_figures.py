@@ -91,22 +91,19 @@ def _facts(measured: Measured) -> Fields:
     }
 
 
-def _cpu_side(measured: Measured, real_tokens: int) -> tuple[dict[str, float], float, float]:
+def _cpu_side(measured: Measured, real_tokens: int) -> tuple[Fields, float, float]:
     """Seconds of each stage for so many tokens; those on one core, those that spread over cores.
 
-    Python's stages share one interpreter lock. Of tokenising, wall time on `cores` is
-    `serial + spread / cores` and CPU time `serial + spread`, which gives both.
+    Python's stages share one interpreter lock.
     """
-    cores, share = measured.loaded.machine.cores, real_tokens / measured.cpu_side[0].real_tokens
+    share = real_tokens / measured.cpu_side[0].real_tokens
     seconds = {
         stage: share * median(one.seconds[stage] for one in measured.cpu_side)
         for stage in CPU_STAGES
     }
-    wall = seconds["tokenise"]
-    cpu = share * median(one.tokenise_cpu_seconds for one in measured.cpu_side)
-    spread = max(0.0, (cpu - wall) * cores / (cores - 1)) if cores > 1 else 0.0
-    spread = min(spread, wall * cores)
-    return seconds, sum(seconds.values()) - spread / cores, spread
+    calling = share * median(one.calling_seconds for one in measured.cpu_side)
+    spread = share * median(one.spread_seconds for one in measured.cpu_side)
+    return seconds, sum(seconds.values()) - seconds["tokenise"] + calling, spread
 
 
 def _overlapped(score: float, serial: float, spread: float, cores: int, *, shared: bool) -> float:
