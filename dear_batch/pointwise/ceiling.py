@@ -25,7 +25,7 @@ from dear_batch.onnx_wire import LENGTH, MORE
 
 # Tokens of a call: a GPU needs many to be busy. The best of them is the ceiling.
 TOKENS = {"cpu": (256, 512, 1024), "cuda": (4096, 8192, 16384)}
-LEAST_S, LEAST_RUNS = 0.2, 3  # of timing each product
+LEAST_S, LEAST_RUNS = 0.5, 3  # of timing each product
 # TensorProto.DataType and the fields of messages: onnx/onnx.proto.
 ELEMENTS = {"fp32": 1, "fp16": 10, "bf16": 16}
 IR_VERSION, OPSET = 8, 17
@@ -91,7 +91,8 @@ def measure_ceiling(
                     seconds[M] += count * _best_seconds(multiply, M)
                     beat()
     except ConfigurationError as error:
-        return Ceiling(None, by, precision, why=error.what)
+        why = f"{by} has no products in {precision} on {device} ({error.where})"
+        return Ceiling(None, by, precision, why=why)
     except MemoryError:
         return Ceiling(None, by, precision, why="there is no memory for it beside the model")
     flops = {M: M * 2 * sum(K * N * n for (K, N), n in products.items()) for M in seconds}

@@ -105,10 +105,13 @@ def test_both_engines_are_timed(engine: str, by: str, monkeypatch: pytest.Monkey
     assert len(beats) == len(TOKENS["cpu"]) * len(products)
 
 
-def test_what_cannot_be_measured_is_said() -> None:
+def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure_ceiling("onnxruntime", "cpu", "bf16", {(8, 4): 1}, lambda: None)
     assert found.flops is None
-    assert "cannot compute" in found.why
+    assert "onnxruntime has no products in bf16 on cpu" in found.why
+    gpu = measure_ceiling("tensorrt", "cuda:99", "fp16", {(8, 4): 1}, lambda: None)
+    assert (gpu.flops, gpu.by) == (None, "onnxruntime")
+    monkeypatch.setattr(ceiling, "LEAST_S", 0.001)
     int8 = measure_ceiling("onnxruntime", "cpu", "int8", {(8, 4): 1}, lambda: None)
     assert int8.precision == "fp32"
     assert int8.flops is not None
