@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from dear_batch import __version__
+from dear_batch.cli.bench import bench
 from dear_batch.cli.data import convert, evaluate, inspect
 from dear_batch.cli.doctor import doctor
 from dear_batch.cli.folders import gc, status, verify
@@ -103,6 +104,7 @@ for _command in (
     verify,
     gc,
     score,
+    bench,
     evaluate,
     inspect,
     doctor,

@@ -13,15 +13,13 @@ from typing import Any
 
 from dear_batch.bundle import Bundle
 from dear_batch.errors import InputError
-from dear_batch.files.parquet import InputFile, RowReader, open_input
+from dear_batch.files.parquet import InputFile, open_input
+from dear_batch.files.sample import sample_lists
 from dear_batch.pointwise.profiles import BATCH_TOKENS, Profile, fit, lay_out, layout
 from dear_batch.pointwise.recipe import EncodedPair, PairEncoder
 from dear_batch.pointwise.rows import batches
 
 ROW_TOKENS = (256, 512, 1024, 2048)
-SAMPLE_PLACES = 64  # of the file, evenly spread over its row groups
-SAMPLE_LISTS = 256
-SAMPLE_PAIRS = 20_000  # rows of a flat file, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +86,7 @@ def _attention_share(bundle: Bundle) -> float:
 
 
 def _sample(file: InputFile) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Lists from places all over the file; where they are long, their first candidates."""
-    n_groups = len(file.row_group_rows)
-    groups = sorted({n_groups * i // SAMPLE_PLACES for i in range(SAMPLE_PLACES)})
-    rows = -(-(SAMPLE_LISTS if file.layout == "nested" else SAMPLE_PAIRS) // len(groups))
-    most = SAMPLE_PAIRS // (rows * len(groups)) if file.layout == "nested" else rows
-    with RowReader(file) as reader:
-        for group in groups:
-            first = sum(file.row_group_rows[:group])
-            for item in reader.read(first, min(rows, file.row_group_rows[group])):
-                texts = [(c.title or "", c.text) for c in item.candidates if c.text]
-                if item.query:
-                    yield item.query, texts[:most]
+    """Texts of lists from places all over the file."""
+    for item in sample_lists(file):
+        if item.query:
+            yield item.query, [(c.title or "", c.text) for c in item.candidates if c.text]

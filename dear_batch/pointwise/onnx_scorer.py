@@ -110,7 +110,7 @@ def run(
         MemoryError: there was not enough; the session can be used again.
     """
     kind, number = _kind(device), _number(device)
-    with _memory_errors():
+    with memory_errors():
         binding = session.io_binding()
         for name, array in feeds.items():
             value = ort.OrtValue.ortvalue_from_numpy(array, kind, number)
@@ -121,7 +121,7 @@ def run(
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """Raise MemoryError where a block ends because memory ran out; other errors stay."""
     try:
         yield
@@ -194,7 +194,7 @@ def _session(
     graph: Path, options: ort.SessionOptions, providers: list[Any]
 ) -> ort.InferenceSession:
     try:
-        with _memory_errors():
+        with memory_errors():
             return ort.InferenceSession(graph, options, providers=providers)
     except NotImplementedByOrt as error:  # no products in bf16 on a CPU
         raise ConfigurationError(

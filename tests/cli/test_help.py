@@ -43,7 +43,7 @@ def test_every_command_says_what_it_does_and_shows_an_example(command: str) -> N
 
 def test_the_commands_of_the_issue_are_there() -> None:
     names = {"convert", "export", "run", "score", "verify-reference", "evaluate", "inspect"}
-    names |= {"status", "verify", "gc", "doctor"}
+    names |= {"status", "verify", "gc", "doctor", "bench"}
     assert names == set(COMMANDS)
     assert all(name in succeed("--help").stdout for name in names)
 

@@ -68,8 +68,8 @@ def test_a_shared_query_pays_for_longer_rows(
 def test_a_large_file_is_sampled_all_over(
     bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate_module, "SAMPLE_LISTS", 8)
-    monkeypatch.setattr(calibrate_module, "SAMPLE_PAIRS", 80)
+    monkeypatch.setattr("dear_batch.files.sample.SAMPLE_LISTS", 8)
+    monkeypatch.setattr("dear_batch.files.sample.SAMPLE_PAIRS", 80)
     monkeypatch.setattr("dear_batch.files.parquet._GROUP_QUERIES", 10)
     found = calibrate(open_bundle(bundle("llama31")), write(tmp_path / "c.parquet", 90, 50, 5))
     assert 40 <= found.pairs <= 160
