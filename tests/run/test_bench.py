@@ -69,11 +69,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("flat", [False, True])
 def test_it_scores_what_a_run_scores(flat: bool, bundle: Make, tmp_path: Path) -> None:
     path, folder = write(tmp_path / "in.parquet", flat=flat), str(bundle("llama31"))
-    measured = measure(folder, path, pairs=10**6)
+    execution = ExecutionSpec(row_tokens=512, batch_tokens=512)
+    measured = measure(folder, path, execution, pairs=10**6)
     assert {p.name for p in tmp_path.iterdir()} == {"in.parquet"}
     found = figures(measured)
     spec = JobSpec(
-        InputSpec((str(path),), "50%"), PointwiseSpec(folder), OutputSpec(str(tmp_path / "out"))
+        InputSpec((str(path),), "50%"),
+        PointwiseSpec(folder),
+        OutputSpec(str(tmp_path / "out")),
+        execution=execution,
     )
     report = run_job(spec)
     assert found["pairs"] == report["scored_pairs"] == (LISTS - 1) * DOCUMENTS - 1
