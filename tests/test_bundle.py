@@ -446,8 +446,8 @@ def test_a_plan_that_is_written_to_while_it_is_loaded(folder: Path) -> None:
         "1",
         "[" * 100_000,
         '{"sha256": 1, "schema_version": 1}',
-        '{"schema_version": 2}',
-        '{"schema_version": 2, "recipe": null, "files": []}',
+        '{"schema_version": 3}',
+        '{"schema_version": 3, "recipe": null, "files": []}',
     ],
 )
 def test_a_broken_manifest(folder: Path, text: str) -> None:
