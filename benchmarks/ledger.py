@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -84,19 +85,20 @@ def one(spec_json: str, start: float) -> None:
     from dear_batch.specs import JobSpec
 
     spent: Counter[str] = Counter()
-    depth = Counter[str]()
+    depth = Counter[tuple[str, int]]()
 
     def counted(owner: Any, name: str, kind: str) -> None:
         call: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **options: Any) -> Any:
-            depth[kind] += 1
+            here = (kind, threading.get_ident())
+            depth[here] += 1
             before = time.thread_time()
             try:
                 return call(*args, **options)
             finally:
-                depth[kind] -= 1
-                if depth[kind] == 0:
+                depth[here] -= 1
+                if depth[here] == 0:
                     spent[kind] += time.thread_time() - before
 
         setattr(owner, name, timed)
@@ -134,6 +136,7 @@ def one(spec_json: str, start: float) -> None:
         "cpu_s": round(cpu, 1),
         "cpu_share": {kind: round(seconds / cpu, 5) for kind, seconds in spent.items()},
         "peak_mb": round(peak / MB),
+        "idle_share": found["idle_share"],
         "tokens": found["tokens"],
         "shards": found["shards"]["pointwise"],
     }

@@ -14,7 +14,7 @@ from dear_batch.files.parquet import RowReader, open_input
 from dear_batch.run.folder import LOCK, PLAN, REPORT, read_json, read_plan
 from dear_batch.run.published import as_written
 from dear_batch.run.status import status_of
-from dear_batch.show import listwise_facts, passed_over, status_table
+from dear_batch.show import busy, listwise_facts, passed_over, status_table
 
 PREVIEW = 3
 TEXT = 60
@@ -184,6 +184,7 @@ def _reported(report: dict[str, Any]) -> dict[str, Any]:
             "truncated pairs": f"{report['truncated_pairs']:,}",
             "tokens": f"{report['tokens']:,} at {report['tokens_per_second'] or 0:,.0f}/s",
             "padding share": f"{report['padding_share']:.2%}",
+            "engine busy": busy(report) or "not known",
             "out of memory": f"{report['memory_backoffs']:,} batches halved",
             "seconds": _seconds(report["seconds"]),
         }

@@ -123,6 +123,8 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
     rate = report["tokens_per_second"]
     table.add_row("tokens", f"{report['tokens']:,}" + (f" at {rate:,.0f}/s" if rate else ""))
     table.add_row("engine", f"{report['engine']} on {report['device']}, {report['precision']}")
+    if share := busy(report):
+        table.add_row("engine busy", share)
     for line in passed_over(report):
         table.add_row("passed over", Text(line))
     if listwise := report.get("listwise"):
@@ -130,6 +132,12 @@ def run_summary(report: Mapping[str, Any], folder: str) -> None:
             table.add_row(name, Text(value))
     table.add_row("seconds", f"{report['seconds']['total']:.1f}")
     _print_for_people(table)
+
+
+def busy(report: Mapping[str, Any]) -> str:
+    """How much of the time between its first and its last batch an engine had work."""
+    idle = report.get("idle_share")  # reports of earlier versions have none
+    return "" if idle is None else f"{1 - idle:.1%} from the first batch to the last"
 
 
 def passed_over(found: Mapping[str, Any]) -> list[str]:

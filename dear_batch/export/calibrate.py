@@ -6,20 +6,19 @@ texts and on the model: both are looked at, nothing is timed. Knows nothing of T
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dear_batch.bundle import Bundle
 from dear_batch.errors import InputError
-from dear_batch.files.parquet import InputFile, open_input
-from dear_batch.files.sample import sample_lists
+from dear_batch.files.parquet import open_input
+from dear_batch.files.sample import sample
+from dear_batch.pointwise.calibration import ROW_TOKENS
 from dear_batch.pointwise.profiles import BATCH_TOKENS, Profile, fit, lay_out, layout
 from dear_batch.pointwise.recipe import EncodedPair, PairEncoder
 from dear_batch.pointwise.rows import batches
-
-ROW_TOKENS = (256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def calibrate(bundle: Bundle, path: Path, batch_tokens: int = BATCH_TOKENS) -> C
         InputError: the file cannot be read, or holds no pairs.
     """
     encoder = PairEncoder.from_file(bundle.file("tokenizer.json"), bundle.recipe)
-    lists = list(_sample(open_input(path)))
+    lists = list(sample(open_input(path)))
     pairs = [pair for encoded in encoder.encode(lists) for pair in encoded]
     if not pairs:
         raise InputError(f"{path} holds no candidates to calibrate with.", valid="lists with text")
@@ -83,10 +82,3 @@ def _attention_share(bundle: Bundle) -> float:
     key_value = config.get("num_key_value_heads") or heads
     products = hidden * size * 2 * (heads + key_value) + 3 * hidden * config["intermediate_size"]
     return float(2 * heads * size / products)
-
-
-def _sample(file: InputFile) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Texts of lists from places all over the file."""
-    for item in sample_lists(file):
-        if item.query:
-            yield item.query, [(c.title or "", c.text) for c in item.candidates if c.text]

@@ -9,7 +9,7 @@ tokenised once a list. Knows nothing of models, rows or files.
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,13 @@ class EncodedPair:
     def input_ids(self) -> Ids:
         """The ids of the pair scored alone, shape [length]."""
         return np.concatenate([self.prefix_ids, self.document_ids])
+
+
+class Tokens(NamedTuple):
+    """A text as ids: the first ones, as many as a pair can hold, and how many it has in all."""
+
+    ids: Ids
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,28 +167,50 @@ class PairEncoder:
         return cls(Tokenizer.from_file(str(tokenizer_json)), recipe)
 
     def encode(
-        self, lists: Iterable[tuple[str, Sequence[tuple[str, str]]]]
+        self,
+        lists: Iterable[tuple[str, Sequence[tuple[str, str]]]],
+        known: dict[str, Tokens] | None = None,
     ) -> list[list[EncodedPair]]:
-        """Encode `(query, [(title, text), …])` lists; one list of pairs comes back for each."""
-        lists = list(lists)
-        texts: list[str] = []
-        for query, documents in lists:
-            texts.append(query_text(query))
-            texts.extend(document_text(title, text) for title, text in documents)
-        encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        result = []
-        for _, documents in lists:
-            query_ids = next(encodings).ids
-            result.append([self._pair(query_ids, next(encodings).ids) for _ in documents])
-        return result
+        """Encode `(query, [(title, text), …])` lists; one list of pairs comes back for each.
 
-    def _pair(self, query_ids: list[int], document_ids: list[int]) -> EncodedPair:
-        recipe = self.recipe
-        n_query, n_document = recipe.lengths(len(query_ids), len(document_ids))
-        prefix = (*recipe.head_ids, *query_ids[:n_query], *recipe.middle_ids)
-        document = (*document_ids[:n_document], *recipe.tail_ids)
-        return EncodedPair(
-            np.array(prefix, np.int32),
-            np.array(document, np.int32),
-            truncated=n_query < len(query_ids) or n_document < len(document_ids),
-        )
+        Each text is tokenised once. What is in `known` is not tokenised again, and what was is
+        added to it.
+        """
+        known = {} if known is None else known
+        texts = [
+            (query_text(query), [document_text(title, text) for title, text in documents])
+            for query, documents in lists
+        ]
+        self._tokenise((text for query, documents in texts for text in (query, *documents)), known)
+        return [
+            self._pairs(known[query], [known[document] for document in documents])
+            for query, documents in texts
+        ]
+
+    def _tokenise(self, texts: Iterable[str], known: dict[str, Tokens]) -> None:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        most = self.recipe.max_length
+        for text, encoding in zip(new, encodings, strict=True):
+            ids = encoding.ids
+            known[text] = Tokens(np.array(ids[:most], np.int32), len(ids))
+
+    def _pairs(self, query: Tokens, documents: Sequence[Tokens]) -> list[EncodedPair]:
+        """The pairs of a list; those whose query is cut alike share their prefix."""
+        recipe, tail = self.recipe, np.array(self.recipe.tail_ids, np.int32)
+        prefixes = dict[int, Ids]()
+        result = []
+        for document in documents:
+            n_query, n_document = recipe.lengths(query.length, document.length)
+            if n_query not in prefixes:
+                prefix = (*recipe.head_ids, *query.ids[:n_query], *recipe.middle_ids)
+                prefixes[n_query] = np.array(prefix, np.int32)
+            ids = document.ids[:n_document]
+            result.append(
+                EncodedPair(
+                    prefixes[n_query],
+                    np.concatenate([ids, tail]) if len(tail) else ids,
+                    truncated=n_query < query.length or n_document < document.length,
+                )
+            )
+        return result

@@ -9,7 +9,7 @@ Shapes: R rows of a batch, T tokens of its longest row, N documents of the batch
 that has the most.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 from dear_batch.pointwise.recipe import EncodedPair
 
 Array = NDArray[np.int32]
+_ROOM = 32  # bits for the number of a row
+# A packed row that is shorter than its batch by more than this share begins another batch: so no
+# batch has more padding. Best fit leaves few such rows, but they are many in a small job.
+SHORTER = 1 / 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,15 @@ class Batch:
     """Rows that one scorer call takes, and the pairs they index.
 
     `documents` names, for each of the N scores, the pair it belongs to, row by row. `length`
-    is T: what rows are padded to. No part of it has more rows than `most_rows`.
+    is T: what rows are padded to. No part of it has more rows than `most_rows`. `packed` is that
+    of its layout.
     """
 
     pairs: Sequence[EncodedPair]
     rows: tuple[Row, ...]
     length: int
     most_rows: int | None = None
+    packed: bool = False
 
     @property
     def documents(self) -> list[int]:
@@ -101,7 +107,7 @@ class PackedArrays:
 
 
 class _OpenRow:
-    """A row being filled."""
+    """A row being filled; `room` is what is left of it, in tokens."""
 
     __slots__ = ("groups", "room")
 
@@ -110,30 +116,24 @@ class _OpenRow:
         self.groups: dict[bytes, Group] = {}
 
 
-class _RowsByRoom:
-    """Open rows ordered by the room they have left, oldest first among equals."""
+class _ByRoom:
+    """Numbers of rows ordered by the room that they have left, oldest first among equals."""
 
     def __init__(self) -> None:
-        self._keys: list[tuple[int, int]] = []
-        self.rows: list[_OpenRow] = []
+        self._keys: list[int] = []  # the room above the number: half the time of pairs of both
 
     def tightest(self, need: int) -> int | None:
         """The row with the least room that still takes `need` tokens."""
-        at = bisect_left(self._keys, (need, -1))
-        return self._keys[at][1] if at < len(self._keys) else None
+        at = bisect_left(self._keys, need << _ROOM)
+        return self._keys[at] & ((1 << _ROOM) - 1) if at < len(self._keys) else None
 
-    def add(self, room: int) -> int:
-        """Open a row."""
-        self.rows.append(_OpenRow(room))
-        insort(self._keys, (room, len(self.rows) - 1))
-        return len(self.rows) - 1
+    def add(self, room: int, row: int) -> None:
+        """Put a row in its place."""
+        insort(self._keys, room << _ROOM | row)
 
-    def take(self, index: int, tokens: int) -> None:
-        """Use `tokens` of a row's room."""
-        row = self.rows[index]
-        del self._keys[bisect_left(self._keys, (row.room, index))]
-        row.room -= tokens
-        insort(self._keys, (row.room, index))
+    def remove(self, room: int, row: int) -> None:
+        """Take a row out."""
+        del self._keys[bisect_left(self._keys, room << _ROOM | row)]
 
 
 def pack(pairs: Sequence[EncodedPair], row_tokens: int) -> list[Row]:
@@ -145,24 +145,30 @@ def pack(pairs: Sequence[EncodedPair], row_tokens: int) -> list[Row]:
     Raises:
         ValueError: a pair is longer than `row_tokens`.
     """
-    rows = _RowsByRoom()
+    rows, everywhere = list[_OpenRow](), _ByRoom()
     for prefix, documents in _by_prefix(pairs).items():
-        holding: list[int] = []
-        prefix_tokens = len(pairs[documents[0]].prefix_ids)
+        holding, prefix_tokens = _ByRoom(), len(pairs[documents[0]].prefix_ids)
         for index in sorted(documents, key=lambda d: (-len(pairs[d].document_ids), d)):
             need = len(pairs[index].document_ids)
             if need + prefix_tokens > row_tokens:
                 raise ValueError(f"a pair of {need + prefix_tokens} tokens in rows of {row_tokens}")
-            at = _tightest_of(rows, holding, need)
+            at = holding.tightest(need)
             if at is None:
-                at = rows.tightest(need + prefix_tokens)
-                at = rows.add(row_tokens) if at is None else at
-                rows.rows[at].groups[prefix] = Group(prefix)
-                rows.take(at, prefix_tokens)
-                holding.append(at)
-            rows.rows[at].groups[prefix].documents.append(index)
-            rows.take(at, need)
-    return [Row(tuple(row.groups.values()), row_tokens - row.room) for row in rows.rows]
+                need += prefix_tokens
+                at = everywhere.tightest(need)
+                if at is None:
+                    at = len(rows)
+                    rows.append(_OpenRow(row_tokens))
+                    everywhere.add(row_tokens, at)
+                rows[at].groups[prefix] = Group(prefix)
+            else:
+                holding.remove(rows[at].room, at)
+            everywhere.remove(rows[at].room, at)
+            rows[at].room -= need
+            rows[at].groups[prefix].documents.append(index)
+            holding.add(rows[at].room, at)
+            everywhere.add(rows[at].room, at)
+    return [Row(tuple(row.groups.values()), row_tokens - row.room) for row in rows]
 
 
 def _by_prefix(pairs: Sequence[EncodedPair]) -> dict[bytes, list[int]]:
@@ -170,11 +176,6 @@ def _by_prefix(pairs: Sequence[EncodedPair]) -> dict[bytes, list[int]]:
     for index, pair in enumerate(pairs):
         documents.setdefault(pair.prefix_ids.tobytes(), []).append(index)
     return documents
-
-
-def _tightest_of(rows: _RowsByRoom, candidates: list[int], need: int) -> int | None:
-    fitting = [at for at in candidates if rows.rows[at].room >= need]
-    return min(fitting, key=lambda at: (rows.rows[at].room, at), default=None)
 
 
 def one_document_a_row(pairs: Sequence[EncodedPair]) -> list[Row]:
@@ -203,10 +204,11 @@ def smaller(batch: Batch, most: int, fixed_length: int | None = None) -> list[Ba
     Rows that are longer are split between their documents. A batch that is within it is the
     only part.
     """
+    if len(batch.rows) * batch.length <= most:
+        return [batch]
     rows = [part for row in batch.rows for part in _split(batch.pairs, row, most)]
-    return list(
-        _together(batch.pairs, rows, Layout(True, most, most, fixed_length, batch.most_rows))
-    )
+    layout = Layout(batch.packed, most, most, fixed_length, batch.most_rows)
+    return list(_together(batch.pairs, rows, layout))
 
 
 def _split(pairs: Sequence[EncodedPair], row: Row, most: int) -> list[Row]:
@@ -227,14 +229,21 @@ def _row(pairs: Sequence[EncodedPair], places: list[tuple[bytes, int]]) -> Row:
     return Row(groups, prefixes + sum(len(pairs[d].document_ids) for _, d in places))
 
 
+def _shortest_last(row: Row) -> int:
+    return -row.tokens
+
+
 def _together(pairs: Sequence[EncodedPair], rows: list[Row], layout: Layout) -> Iterator[Batch]:
-    rows.sort(key=lambda row: -row.tokens)
+    rows.sort(key=_shortest_last)
     start = 0
     while start < len(rows):
         length = layout.fixed_length or rows[start].tokens
-        count = max(1, min(layout.batch_tokens // length, layout.most_rows or len(rows)))
-        yield Batch(pairs, tuple(rows[start : start + count]), length, layout.most_rows)
-        start += count
+        end = start + max(1, min(layout.batch_tokens // length, layout.most_rows or len(rows)))
+        if layout.packed:
+            least = (1 - SHORTER) * length
+            end = bisect_right(rows, -least, start, min(end, len(rows)), key=_shortest_last)
+        yield Batch(pairs, tuple(rows[start:end]), length, layout.most_rows, layout.packed)
+        start = end
 
 
 def packed_arrays(batch: Batch, pad_id: int) -> PackedArrays:

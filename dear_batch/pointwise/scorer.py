@@ -21,8 +21,9 @@ from dear_batch.errors import (
     TryAgainError,
     too_little_memory,
 )
+from dear_batch.pointwise.planned import Planned, planned
 from dear_batch.pointwise.recipe import EncodedPair
-from dear_batch.pointwise.rows import Batch, Layout, batches, smaller
+from dear_batch.pointwise.rows import Batch, Layout, smaller
 
 if TYPE_CHECKING:
     from dear_batch.bundle import Bundle, Engine, Precision
@@ -79,24 +80,34 @@ def score_pairs(
     seen: Callable[[Batch], None] = lambda _batch: None,
     backed_off: Callable[[int], None] = lambda _tokens: None,
 ) -> NDArray[np.float32]:
-    """Plan pairs together and score them, scores_N in their order; `seen` is told each batch.
-
-    Equal pairs are scored once: at two places of a row the same ids differ in the last bits,
-    and copies of a passage would not tie. Where memory runs out, batches shrink to half and
-    stay small until this call ends; `backed_off` is told their tokens.
+    """Plan pairs together and score them; see `score_planned`.
 
     Raises:
         TryAgainError: there is no memory for a single pair.
     """
-    ids = [(pair.prefix_ids.tobytes(), pair.document_ids.tobytes()) for pair in pairs]
-    first_of = {key: n for n, key in reversed(list(enumerate(ids)))}
-    distinct = sorted(first_of.values())
-    scores_N = np.full(len(pairs), np.nan, np.float32)
-    plan = batches([pairs[n] for n in distinct], scorer.layout)
-    for batch, found_N in _scored(scorer, plan, backed_off):
-        scores_N[[distinct[d] for d in batch.documents]] = found_N
+    return score_planned(scorer, planned(pairs, scorer.layout), seen, backed_off)
+
+
+def score_planned(
+    scorer: Scorer,
+    plan: Planned,
+    seen: Callable[[Batch], None] = lambda _batch: None,
+    backed_off: Callable[[int], None] = lambda _tokens: None,
+) -> NDArray[np.float32]:
+    """Score what was planned, scores_N in the order of its pairs; `seen` is told each batch.
+
+    Where memory runs out, batches shrink to half and stay small until this call ends;
+    `backed_off` is told their tokens.
+
+    Raises:
+        TryAgainError: there is no memory for a single pair.
+    """
+    n_distinct = int(plan.place_N.max(initial=-1)) + 1
+    scores_N = np.full(n_distinct, np.nan, np.float32)
+    for batch, found_N in _scored(scorer, plan.batches, backed_off):
+        scores_N[batch.documents] = found_N
         seen(batch)
-    return scores_N[[first_of[key] for key in ids]]
+    return scores_N[plan.place_N]
 
 
 def _scored(

@@ -12,24 +12,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dear_batch.data import CandidateList, ScoredCandidate, ScoredList
 from dear_batch.errors import InputError
 from dear_batch.files.parquet import InputFile, RowReader, open_input
 from dear_batch.files.parts import part_writer
 from dear_batch.files.places import Places
-from dear_batch.files.sample import SAMPLE_PAIRS, sample_lists
+from dear_batch.files.sample import PAIRS, sample_lists
 from dear_batch.pointwise.ceiling import Ceiling, layer_products, measure_ceiling
-from dear_batch.pointwise.recipe import EncodedPair
-from dear_batch.pointwise.rows import Batch, batches, packed_arrays, padded_arrays
-from dear_batch.pointwise.scorer import Finish, Scorer
+from dear_batch.pointwise.rows import packed_arrays, padded_arrays
 from dear_batch.run.admission import Admission, Admitted
 from dear_batch.run.blocks import BLOCK_PAIRS, Block, Work, blocks, score_block
+from dear_batch.run.busy import Busy
 from dear_batch.run.loading import Loaded, load_pointwise
 from dear_batch.run.pointwise import finite
-from dear_batch.run.report import Stopwatch
+from dear_batch.run.stopwatch import Stopwatch
 from dear_batch.run.watch import Watch
 from dear_batch.specs import ExecutionSpec
 
@@ -82,40 +78,6 @@ class Measured:
     cpu_side: tuple[CpuSide, ...]
     config: Fields
     ceiling: Ceiling
-
-
-class _ClockedScorer:
-    """A scorer with the seconds in which at least one batch was under way."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        self.layout, self.in_flight = scorer.layout, scorer.in_flight
-        self.engine, self.device, self.precision = scorer.engine, scorer.device, scorer.precision
-        self.busy_seconds = 0.0
-        self._scorer, self._under_way, self._since = scorer, 0, 0.0
-
-    def start(self, batch: Batch) -> Finish:
-        """See `Scorer`."""
-        if not self._under_way:
-            self._since = time.perf_counter()
-        self._under_way += 1
-        try:
-            finish = self._scorer.start(batch)
-        except MemoryError:
-            self._end()
-            raise
-
-        def finished() -> NDArray[np.float32]:
-            try:
-                return finish()
-            finally:
-                self._end()
-
-        return finished
-
-    def _end(self) -> None:
-        self._under_way -= 1
-        if not self._under_way:
-            self.busy_seconds += time.perf_counter() - self._since
 
 
 def measure(
@@ -204,7 +166,7 @@ class _Bench:
 
     def scoring(self, lists: Sequence[Admitted], name: str) -> Scoring:
         """Score all pairs of the lists once."""
-        found, scorer = self._blocks(lists), _ClockedScorer(self.loaded.scorer)
+        found, engine = self._blocks(lists, Stopwatch()), Busy(self.loaded.scorer)
         pairs = [pair for block in found for some in block.pairs for pair in some]
         work = Work()
         for block in found:
@@ -214,30 +176,36 @@ class _Bench:
                 self.watch.check()
                 self.advance(name, before + share * count, len(pairs))
 
-            score_block(block, scorer, work, progress)
-        return Scoring(work, sum(map(len, pairs)), scorer.busy_seconds)
+            score_block(block, engine, work, progress)
+        return Scoring(work, sum(map(len, pairs)), engine.lap().busy)
 
     def cpu_side(self, lists: Sequence[Admitted]) -> CpuSide:
         """Take lists through all other stages; scores are made up of ranks."""
         clock, n_pairs = Stopwatch(), sum(len(item.candidates) for item in lists)
-        with clock.timed("read"):
+        with clock.timed("file"):
             n_read = self._read()
-        clock.seconds["read"] *= n_pairs / n_read
         calling, everything = time.thread_time(), time.process_time()
-        with clock.timed("tokenise"):
-            found = self._blocks(lists)
+        with clock.timed("blocks"):
+            found = self._blocks(lists, clock)
         calling, everything = time.thread_time() - calling, time.process_time() - everything
-        pairs = [pair for block in found for some in block.pairs for pair in some]
-        with clock.timed("plan"):
-            self._lay_out(pairs)
+        with clock.timed("lay_out"):
+            self._lay_out(found)
         with clock.timed("write"):
             _write(lists)
         self.watch.check()
+        spent, pairs = clock.seconds, [p for block in found for some in block.pairs for p in some]
+        seconds = {
+            "read": spent["file"] * n_pairs / n_read,
+            "tokenise": spent["blocks"] - spent["plan_batches"],
+            "plan": spent["plan_batches"] + spent["lay_out"],
+            "write": spent["write"],
+        }
         spread = max(0.0, everything - calling)
-        return CpuSide(sum(map(len, pairs)), dict(clock.seconds), calling, spread)
+        calling = max(0.0, calling - spent["plan_batches"])
+        return CpuSide(sum(map(len, pairs)), seconds, calling, spread)
 
-    def _blocks(self, lists: Sequence[Admitted]) -> list[Block]:
-        return list(blocks(lists, self.loaded.encoder, None))
+    def _blocks(self, lists: Sequence[Admitted], clock: Stopwatch) -> list[Block]:
+        return list(blocks(lists, self.loaded.encoder, None, self.loaded.scorer.layout, clock))
 
     def _read(self) -> int:
         """Read and admit lists from the beginning of the file; how many pairs these were."""
@@ -245,15 +213,15 @@ class _Bench:
         with RowReader(self.file) as reader:
             for item in _admitted(self.file, reader.read(0, self.file.n_rows)):
                 pairs += len(item.candidates)
-                if pairs >= SAMPLE_PAIRS:
+                if pairs >= PAIRS:
                     break
         return pairs
 
-    def _lay_out(self, pairs: Sequence[EncodedPair]) -> None:
-        """Plan batches and make their arrays, as engines do before they begin."""
-        layout, pad_id = self.loaded.scorer.layout, self.loaded.encoder.recipe.pad_id
-        for batch in batches(pairs, layout):
-            if layout.packed:
+    def _lay_out(self, found: Sequence[Block]) -> None:
+        """Make the arrays of all batches, as engines do before they begin."""
+        pad_id, packed = self.loaded.encoder.recipe.pad_id, self.loaded.scorer.layout.packed
+        for batch in (batch for block in found for batch in block.plan.batches):
+            if packed:
                 packed_arrays(batch, pad_id)
             else:
                 padded_arrays(batch, pad_id)

@@ -1,35 +1,40 @@
 """One shard, scored: a pure function of its rows, so that the same engine gives the same bytes.
 
-Candidate lists are admitted, tokenised and gathered into blocks; a block is packed and scored
-as one plan. `ahead` runs the first half in a thread: tokenising releases the GIL.
+Candidate lists are admitted, tokenised, gathered into blocks and laid out as batches; all of that
+is done when the engine comes to a block. What it scored becomes lists again.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dear_batch.data import Refusal, ScoredCandidate, ScoredList
-from dear_batch.pointwise.recipe import EncodedPair, PairEncoder
-from dear_batch.pointwise.rows import Batch
-from dear_batch.pointwise.scorer import Scorer, score_pairs
+from dear_batch.files.parquet import grouped
+from dear_batch.pointwise.planned import Planned, planned
+from dear_batch.pointwise.recipe import EncodedPair, PairEncoder, Tokens
+from dear_batch.pointwise.rows import Batch, Layout
+from dear_batch.pointwise.scorer import Scorer, score_planned
 from dear_batch.run.admission import Admitted
-
-Item = TypeVar("Item")
+from dear_batch.run.stopwatch import Stopwatch
 
 BLOCK_PAIRS = 2048  # enough for best fit to leave little room, few enough to keep in memory
-ENCODE_LISTS = 16  # lists a tokenizer call takes, so that its threads all have work
+FIRST_PAIRS = 256  # of the first block of a shard: the engine waits for that of the first shard
+BLOCK_CANDIDATES = 8192  # those below the scored depth are kept in memory, too
+ENCODE_LISTS = 16  # lists that a tokenizer call takes at most; it ends with the list that
+ENCODE_PAIRS = 256  # brings it to so many pairs, which give its threads work
+KNOWN_TEXTS = 1 << 16  # whose tokens are remembered within a shard
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Whole lists of one shard with the encoded pairs of their scored part."""
+    """Whole lists of one shard, the encoded pairs of their scored part, and these as batches."""
 
     lists: tuple[Admitted, ...]
     pairs: tuple[list[EncodedPair], ...]
     refusals: tuple[Refusal, ...]
+    plan: Planned
 
 
 @dataclass(slots=True)
@@ -47,35 +52,80 @@ class Work:
 
 
 def blocks(
-    items: Iterable[Admitted | Refusal], encoder: PairEncoder, depth: int | None
+    items: Iterable[Admitted | Refusal],
+    encoder: PairEncoder,
+    depth: int | None,
+    layout: Layout,
+    clock: Stopwatch | None = None,
 ) -> Iterator[Block]:
-    """Gather the items of one shard into blocks of about `BLOCK_PAIRS` pairs."""
-    lists, pairs, refusals, size = list[Admitted](), list[list[EncodedPair]](), list[Refusal](), 0
-    stream = iter(items)
-    while chunk := list(islice(stream, ENCODE_LISTS)):
-        refusals += [item for item in chunk if isinstance(item, Refusal)]
+    """Gather the items of one shard into blocks of about `BLOCK_PAIRS` pairs, and plan them.
+
+    A text that occurs more than once in a shard is tokenised once. `clock` is told what took how
+    long: read, tokenise, plan.
+    """
+    clock = clock or Stopwatch()
+    gathered, known, limit = _Gathered(depth), dict[str, Tokens](), min(FIRST_PAIRS, BLOCK_PAIRS)
+    chunks = grouped(items, gathered.scored, most=ENCODE_LISTS, limit=ENCODE_PAIRS)
+    while True:
+        with clock.timed("read"):
+            chunk = next(chunks, None)
+        if chunk is None:
+            break
+        with clock.timed("tokenise"):
+            gathered.add(chunk, encoder, known)
+        if len(known) > KNOWN_TEXTS:
+            known.clear()
+        if gathered.size >= limit or gathered.candidates >= BLOCK_CANDIDATES:
+            yield gathered.block(layout, clock)
+            gathered, limit = _Gathered(depth), BLOCK_PAIRS
+    if gathered.lists or gathered.refusals:
+        yield gathered.block(layout, clock)
+
+
+class _Gathered:
+    """What is to become a block: `size` pairs of `candidates`, those that are not scored too."""
+
+    def __init__(self, depth: int | None) -> None:
+        self._depth = depth
+        self.lists, self.refusals = list[Admitted](), list[Refusal]()
+        self.pairs = list[list[EncodedPair]]()
+        self.size = self.candidates = 0
+
+    def scored(self, item: Admitted | Refusal) -> int:
+        """How many pairs an item gives."""
+        return 0 if isinstance(item, Refusal) else len(item.candidates[: self._depth])
+
+    def add(
+        self, chunk: list[Admitted | Refusal], encoder: PairEncoder, known: dict[str, Tokens]
+    ) -> None:
+        """Tokenise and keep."""
+        self.refusals += [item for item in chunk if isinstance(item, Refusal)]
         admitted = [item for item in chunk if isinstance(item, Admitted)]
-        encoded = encoder.encode(
-            (a.query, [(c.title, c.text or "") for c in a.candidates[:depth]]) for a in admitted
+        texts = (
+            (a.query, [(c.title, c.text or "") for c in a.candidates[: self._depth]])
+            for a in admitted
         )
-        lists += admitted
-        pairs += encoded
-        size += sum(map(len, encoded))
-        if size >= BLOCK_PAIRS:
-            yield Block(tuple(lists), tuple(pairs), tuple(refusals))
-            lists, pairs, refusals, size = [], [], [], 0
-    if lists or refusals:
-        yield Block(tuple(lists), tuple(pairs), tuple(refusals))
+        encoded = encoder.encode(texts, known)
+        self.lists += admitted
+        self.pairs += encoded
+        self.size += sum(map(len, encoded))
+        self.candidates += sum(len(item.candidates) for item in admitted)
+
+    def block(self, layout: Layout, clock: Stopwatch) -> Block:
+        """Lay all pairs out as batches."""
+        with clock.timed("plan_batches"):
+            plan = planned([pair for pairs in self.pairs for pair in pairs], layout)
+        return Block(tuple(self.lists), tuple(self.pairs), tuple(self.refusals), plan)
 
 
 def score_block(
     block: Block, scorer: Scorer, work: Work, advance: Callable[[float], None] = lambda _share: None
-) -> list[ScoredList]:
-    """Score a block's pairs; lists come back in order, logits None below the depth.
+) -> NDArray[np.float32]:
+    """Score a block's pairs, scores_N in the order of its lists.
 
     `advance` is told the share of the block's pairs that is done, after each batch.
     """
-    pairs = [pair for pairs in block.pairs for pair in pairs]
+    n_pairs = sum(map(len, block.pairs))
     scored = 0
 
     def count(batch: Batch) -> None:
@@ -83,18 +133,22 @@ def score_block(
         scored += len(batch.documents)
         work.tokens += batch.tokens
         work.computed_tokens += len(batch.rows) * batch.length
-        advance(scored / len(pairs))
+        advance(scored / n_pairs)
 
     def backed_off(_tokens: int) -> None:
         work.memory_backoffs += 1
 
-    values = iter(score_pairs(scorer, pairs, count, backed_off).tolist())
-    work.pairs += len(pairs)
-    work.truncated_pairs += sum(pair.truncated for pair in pairs)
-    return [
-        _scored(item, [next(values) for _ in encoded])
-        for item, encoded in zip(block.lists, block.pairs, strict=True)
-    ]
+    scores_N = score_planned(scorer, block.plan, count, backed_off)
+    work.pairs += n_pairs
+    work.truncated_pairs += sum(pair.truncated for pairs in block.pairs for pair in pairs)
+    return scores_N
+
+
+def scored_lists(block: Block, scores_N: NDArray[np.float32]) -> Iterator[ScoredList]:
+    """The lists of a block with their scores, in order; logits are None below the depth."""
+    values = iter(scores_N.tolist())
+    for item, encoded in zip(block.lists, block.pairs, strict=True):
+        yield _scored(item, [next(values) for _ in encoded])
 
 
 def _scored(item: Admitted, logits: list[float]) -> ScoredList:
@@ -104,13 +158,3 @@ def _scored(item: Admitted, logits: list[float]) -> ScoredList:
         item.qid,
         tuple(ScoredCandidate(c.docid, r, c.first_score, logit) for c, r, logit in candidates),
     )
-
-
-def ahead(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
-    """Run an iterable in a background thread, `depth` items ahead; its exceptions rise here."""
-    stream, end = iter(items), object()
-    with ThreadPoolExecutor(1, thread_name_prefix="dear-batch-reader") as pool:
-        waiting = deque(pool.submit(next, stream, end) for _ in range(depth))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(pool.submit(next, stream, end))
-            yield cast("Item", item)

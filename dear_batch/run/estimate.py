@@ -42,7 +42,7 @@ from dear_batch.specs import JobSpec, ListwiseSpec
 DRY_RUN = "dry-run"
 SAMPLE_PAIRS = 2048
 SAMPLE_WINDOWS = 128
-ROW_TOKENS = 512  # of packed rows, as ONNX Runtime gets them on a CPU
+ROW_TOKENS = 256  # of packed rows, as ONNX Runtime gets them on a CPU
 Fields = dict[str, Any]
 Advance = Callable[[str, float, int], None]  # (stage, queries done, queries in all)
 

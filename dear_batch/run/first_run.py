@@ -55,7 +55,7 @@ def check_first_run(
         TryAgainError: there is no memory for a single pair.
     """
     reference_N = np.array(bundle.manifest.own_scores or (), np.float32)
-    facts = _facts(bundle, scorer, choice, machine)
+    facts = facts_of(bundle, scorer, choice, machine)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     known = _known()
     if not len(reference_N) or key in known:
@@ -79,8 +79,8 @@ def check_first_run(
     return parity
 
 
-def _facts(bundle: Bundle, scorer: Scorer, choice: Choice, machine: Machine) -> Fields:
-    """What the scores depend on, and the cache is keyed by."""
+def facts_of(bundle: Bundle, scorer: Scorer, choice: Choice, machine: Machine) -> Fields:
+    """What the scores and the speed depend on, and caches are keyed by."""
     on_cpu = scorer.device == "cpu"
     return {
         "host": socket.gethostname(),  # homes are shared by machines

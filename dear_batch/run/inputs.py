@@ -100,18 +100,23 @@ class Hashes:
 
     def __exit__(self, *_: object) -> None:
         """End the thread."""
-        self._over.set()
+        self.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def stop(self) -> None:
+        """Let nobody wait for a hash any longer, whatever thread it is."""
+        self._over.set()
 
     def sha256(self, number: int) -> str:
         """The hash of an input, waited for; seen to be the one that an earlier attempt found.
 
         Raises:
             InputError: the input changed since it was planned.
+            InterruptedError: it was stopped meanwhile.
         """
         while not self._found[number].done():
             wait([self._found[number]], timeout=BEAT_S)
-            self._beat()
+            self._beat_on()
         sha256, state = self._found[number].result()
         if _state(self._pins[number].path) != state:
             self._check_again(number, sha256)
@@ -135,7 +140,7 @@ class Hashes:
         """Hash an input, with its state before the first byte was read."""
         pin = self._pins[number]
         state = _state(pin.path)
-        sha256 = hash_blocks(pin.path, self._check)
+        sha256 = hash_blocks(pin.path, self._go_on)
         if state[:2] != (pin.bytes, pin.mtime_ns):
             raise changed(pin.path, "its size or time differs from the plan")
         if _footer_now(pin.path) != pin.footer_sha256:
@@ -147,14 +152,16 @@ class Hashes:
         """Something touched the file; only its bytes count, and its size and time as planned."""
         pin = self._pins[number]
         state = _state(pin.path)
-        if state[:2] != (pin.bytes, pin.mtime_ns) or hash_blocks(pin.path, self._check) != sha256:
+        if state[:2] != (pin.bytes, pin.mtime_ns) or hash_blocks(pin.path, self._beat_on) != sha256:
             raise changed(pin.path, "its bytes, size or time differ from the plan")
         self._found[number] = Future()
         self._found[number].set_result((sha256, state))
 
-    def _check(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._beat()
+    def _beat_on(self) -> None:
+        self._beat()
+        self._go_on()
+
+    def _go_on(self) -> None:
         if self._over.is_set():
             raise InterruptedError
 

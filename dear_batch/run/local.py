@@ -16,6 +16,7 @@ from dear_batch.errors import UsageError
 from dear_batch.machine import machine
 from dear_batch.pointwise.selection import choose, told
 from dear_batch.run import listwise, outcome, pointwise
+from dear_batch.run.budgets import layout_of
 from dear_batch.run.folder import (
     check_folder,
     clear,
@@ -43,8 +44,8 @@ from dear_batch.run.planning import (
 )
 from dear_batch.run.pointwise import Poison
 from dear_batch.run.publish import Finished, publish
-from dear_batch.run.report import Stopwatch
 from dear_batch.run.space import check_space
+from dear_batch.run.stopwatch import Stopwatch
 from dear_batch.run.watch import Watch
 from dear_batch.specs import JobSpec, ListwiseSpec
 
@@ -221,6 +222,8 @@ class Job:
         self._begin("load")
         with self.clock.timed("load"):
             loaded = load_pointwise(self.spec.pointwise.bundle, execution, self.watch)
+            known = fields["runtime"][pointwise.STAGE]
+            loaded.scorer.layout = layout_of(loaded, self.spec, plan, known, self.watch)
         fields = {**fields, "passed_over": told(loaded.choice)["passed_over"]}
         fields = self._with_runtime(fields, pointwise.STAGE, pointwise_runtime(loaded))
         todo = [(source, shard) for source, shard in plan.shards if shard.key not in commits]

@@ -33,10 +33,10 @@ from dear_batch.run.report import (
     STOPPED,
     TOO_MANY_BAD,
     TOO_MANY_FAILED,
-    Stopwatch,
     listwise_figures,
     pointwise_figures,
 )
+from dear_batch.run.stopwatch import Stopwatch
 from dear_batch.run.watch import StoppedError
 from dear_batch.specs import JobSpec
 

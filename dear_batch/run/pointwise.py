@@ -1,7 +1,8 @@
 """Stage 1: scores the shards of a job that are not committed yet, and ranks their lists.
 
-The reader thread opens, admits and tokenises ahead, across shards; this thread scores, ranks
-and commits. A shard's part is a pure function of its rows, the engine and the poison in it.
+Three threads, across shards: a reader opens, admits, tokenises and plans ahead; this thread
+scores; a writer ranks, writes and commits behind it. A shard's part is a pure function of its
+rows, the engine and the poison in it.
 """
 
 import math
@@ -12,6 +13,9 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dear_batch.data import CandidateList, Ranking, Refusal, ScoredList, Shard
 from dear_batch.files.parquet import RowReader
 from dear_batch.files.parts import RANKED_SCHEMA, TEXT_SCHEMA, part_writer
@@ -20,9 +24,11 @@ from dear_batch.files.results import write_quarantine
 from dear_batch.pointwise.recipe import PairEncoder
 from dear_batch.pointwise.scorer import Scorer
 from dear_batch.run.admission import SKIPPED, Admission, Admitted
-from dear_batch.run.blocks import Block, ahead, blocks, score_block
+from dear_batch.run.blocks import Block, blocks, score_block, scored_lists
+from dear_batch.run.busy import Busy
 from dear_batch.run.inputs import Hashes
 from dear_batch.run.ledger import Commit, Ledger
+from dear_batch.run.overlap import Behind, ahead, behind
 from dear_batch.run.plan import Plan, Source
 from dear_batch.run.ranking import rank
 from dear_batch.run.report import Tally
@@ -36,12 +42,20 @@ Todo = tuple[Source, Shard]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A block of a shard, or at its end None, with what was read for it."""
+    """A block of a shard, or at its end None; all of a shard have its one tally."""
 
     source: Source
     shard: Shard
+    tally: Tally
     block: Block | None
-    candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What was read, with the scores_N of its pairs."""
+
+    read: Read
+    scores_N: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,64 +75,114 @@ class Stage:
     intact: Callable[[], None]  # raises where the bundle changed while it was in use
 
     def run(self, todo: Sequence[Todo], done: int, total: int) -> list[Commit]:
-        """Score and commit shards; `done` of `total` queries are committed already."""
-        commits = []
-        for source, shard, items in self._shards(todo):
-            self.watch.shard(STAGE, shard.key)
-            advance = partial(self._advance, total, done)
-            commits.append(self._shard(source, shard, items, advance))
-            done += shard.n_queries
-            self.watch.advance(STAGE, done, total)  # what was set aside is done, too
+        """Score and commit shards; `done` of `total` queries are committed already.
+
+        After a death, nothing is read for a shard before the last one is committed.
+        """
+        commits, engine = list[Commit](), Busy(self.scorer)
+        for some in [[one] for one in todo] if self.careful else [todo]:
+            self.watch.shard(STAGE, some[0][1].key)
+            with (
+                closing(ahead(self._read(some))) as stream,
+                behind(partial(self._write, commits), self.hashes.stop) as writer,
+            ):
+                self._score(stream, engine, writer, partial(self._advance, writer, total, done))
+            done += sum(shard.n_queries for _, shard in some)
         return commits
 
-    def _shards(self, todo: Sequence[Todo]) -> Iterator[tuple[Source, Shard, Iterator[Read]]]:
-        """Each shard with what is read for it; after a death, nothing is read for the next one."""
-        if self.careful:
-            for source, shards in groupby(todo, key=lambda pair: pair[0]):
-                with RowReader(source.file) as reader:
-                    places = self.plan.places(source)
-                    for _, shard in shards:
-                        own = self._read_shard(source, shard, reader, places)
-                        with closing(ahead(own)) as found:
-                            yield source, shard, found
-            return
-        with closing(ahead(self._read(todo))) as stream:
-            for (source, shard), items in groupby(stream, key=lambda r: (r.source, r.shard)):
-                yield source, shard, items
-
-    def _advance(self, total: int, before: int, done: float) -> None:
+    def _advance(self, writer: Behind[Read | Scored], total: int, before: int, done: float) -> None:
         self.watch.check()
+        writer.check()
         self.watch.advance(STAGE, before + done, total)
 
-    def _shard(
-        self, source: Source, shard: Shard, items: Iterator[Read], advance: Callable[[float], None]
-    ) -> Commit:
-        """Score a shard to its end, and commit it."""
-        tally, refusals = Tally(), list[Refusal]()
+    # In the reader's thread.
+
+    def _read(self, todo: Sequence[Todo]) -> Iterator[Read]:
+        """Blocks of all shards in order."""
+        for source, shards in groupby(todo, key=lambda pair: pair[0]):
+            with RowReader(source.file) as reader:
+                places = self.plan.places(source)
+                for _, shard in shards:
+                    yield from self._read_shard(source, shard, reader, places)
+
+    def _read_shard(
+        self, source: Source, shard: Shard, reader: RowReader, places: Places
+    ) -> Iterator[Read]:
+        tally, depth = Tally(), self.spec.pointwise.depth
+
+        def counted(lists: Iterator[CandidateList]) -> Iterator[CandidateList]:
+            for item in lists:
+                tally.candidates.read += len(item.candidates)
+                yield item
+
+        lists = counted(reader.read(shard.first_row, shard.n_rows))
+        items = admit(self.spec, source, places, lists)
+        poison = self.poison.get(f"{STAGE}/{shard.key}")
+        if poison:
+            items = without(items, poison, depth)
+        for block in blocks(items, self.encoder, depth, self.scorer.layout, tally):
+            yield Read(source, shard, tally, block)
+        yield Read(source, shard, tally, None)
+
+    # In the engine's thread, which is the main one.
+
+    def _score(
+        self,
+        stream: Iterator[Read],
+        engine: Busy,
+        writer: Behind[Read | Scored],
+        advance: Callable[[float], None],
+    ) -> None:
+        """Score what was read; `advance` is told how many of its queries are done."""
+        done, lists, previous = 0, 0, None
+        for read in stream:
+            if previous and read.shard is not previous:
+                self.watch.shard(STAGE, read.shard.key)
+            previous = read.shard
+            if read.block is None:
+                done, lists = done + read.shard.n_queries, 0
+                advance(done)  # what was set aside is done, too
+                writer.put(read)
+                continue
+            scored = partial(_share, advance, done + lists, len(read.block.lists))
+            scores_N = score_block(read.block, engine, read.tally.work, scored)
+            lists += len(read.block.lists)
+            lap = engine.lap()
+            read.tally.seconds["score"] += lap.busy
+            read.tally.seconds["idle"] += lap.idle
+            writer.put(Scored(read, scores_N))
+
+    # In the writer's thread.
+
+    def _write(self, commits: list[Commit], items: Iterator[Read | Scored]) -> None:
+        """Rank, write and commit what is scored, shard by shard."""
+        commits.extend(self._shard(item, items) for item in items)
+
+    def _shard(self, first: Read | Scored, others: Iterator[Read | Scored]) -> Commit:
+        """Write a shard to its end, and commit it."""
+        item, refusals = first, list[Refusal]()
         schema = TEXT_SCHEMA if self.spec.listwise else RANKED_SCHEMA
+        read = item.read if isinstance(item, Scored) else item
+        shard, tally = read.shard, read.tally
         path = self.ledger.new_file("parts", shard.key, self.fingerprint)
         with part_writer(path, schema) as write:
-            for block in _timed(items, tally):
-                refusals += block.refusals
-                for admitted, scored in self._scored(block, tally, advance):
-                    refusals += self._finish(admitted, scored, tally, write)
+            while isinstance(item, Scored):
+                with tally.timed("write"):
+                    refusals += self._block(item, tally, write)
+                item = next(others)
         for refusal in refusals:
             tally.refused(refusal)
         tally.queries.read = shard.n_queries
-        return self._commit(source, shard, tally, {"part": path}, refusals)
+        return self._commit(read, {"part": path}, refusals)
 
-    def _scored(
-        self, block: Block, tally: Tally, advance: Callable[[float], None]
-    ) -> Iterator[tuple[Admitted, ScoredList]]:
-        before = tally.queries.written
-
-        def progress(share: float) -> None:
-            advance(before + share * len(block.lists))
-
-        with tally.timed("score"):
-            scored = score_block(block, self.scorer, tally.work, progress)
-        with tally.timed("write"):
-            yield from zip(block.lists, scored, strict=True)
+    def _block(self, item: Scored, tally: Tally, write: Callable[..., None]) -> list[Refusal]:
+        block = item.read.block
+        if block is None:
+            return []
+        refusals = [*block.refusals]
+        for admitted, scored in zip(block.lists, scored_lists(block, item.scores_N), strict=True):
+            refusals += self._finish(admitted, scored, tally, write)
+        return refusals
 
     def _finish(
         self, admitted: Admitted, scored: ScoredList, tally: Tally, write: Callable[..., None]
@@ -133,15 +197,8 @@ class Stage:
         tally.ranked(ranking)
         return refusals
 
-    def _commit(
-        self,
-        source: Source,
-        shard: Shard,
-        tally: Tally,
-        files: dict[str, Path],
-        refusals: Sequence[Refusal],
-    ) -> Commit:
-        set_aside = [refusal for refusal in refusals if refusal.reason not in SKIPPED]
+    def _commit(self, read: Read, files: dict[str, Path], refusals: Sequence[Refusal]) -> Commit:
+        shard, set_aside = read.shard, [r for r in refusals if r.reason not in SKIPPED]
         if set_aside:
             files["quarantine"] = self.ledger.new_file("quarantine", shard.key)
             write_quarantine(files["quarantine"], set_aside)
@@ -150,38 +207,15 @@ class Stage:
             STAGE,
             shard.key,
             fingerprint=self.fingerprint,
-            input_sha256=self.hashes.of_source(source.inputs),
+            input_sha256=self.hashes.of_source(read.source.inputs),
             files=files,
-            counts=tally.to_json(),
+            counts=read.tally.to_json(),
         )
 
-    def _read(self, todo: Sequence[Todo]) -> Iterator[Read]:
-        """Blocks of all shards in order; runs in the reader thread."""
-        for source, shards in groupby(todo, key=lambda pair: pair[0]):
-            with RowReader(source.file) as reader:
-                places = self.plan.places(source)
-                for _, shard in shards:
-                    yield from self._read_shard(source, shard, reader, places)
 
-    def _read_shard(
-        self, source: Source, shard: Shard, reader: RowReader, places: Places
-    ) -> Iterator[Read]:
-        read, depth = 0, self.spec.pointwise.depth
-
-        def counted(lists: Iterator[CandidateList]) -> Iterator[CandidateList]:
-            nonlocal read
-            for item in lists:
-                read += len(item.candidates)
-                yield item
-
-        lists = counted(reader.read(shard.first_row, shard.n_rows))
-        items = admit(self.spec, source, places, lists)
-        poison = self.poison.get(f"{STAGE}/{shard.key}")
-        if poison:
-            items = without(items, poison, depth)
-        for block in blocks(items, self.encoder, depth):
-            yield Read(source, shard, block, 0)
-        yield Read(source, shard, None, read)
+def _share(advance: Callable[[float], None], before: int, lists: int, share: float) -> None:
+    """A share of some lists is done."""
+    advance(before + share * lists)
 
 
 def admit(
@@ -234,15 +268,3 @@ def passages(admitted: Admitted, ranking: Ranking, depth: int) -> tuple[tuple[st
     """Title and text of the top of a list, for the second stage."""
     texts = {c.docid: (c.title, c.text or "") for c in admitted.candidates}
     return tuple(texts[entry.docid] for entry in ranking.entries[:depth])
-
-
-def _timed(items: Iterator[Read], tally: Tally) -> Iterator[Block]:
-    """The blocks of a shard, with the time that was waited for them."""
-    while True:
-        with tally.timed("wait_for_reader"):
-            item = next(items, None)
-        if item is None:
-            return
-        tally.candidates.read += item.candidates
-        if item.block is not None:
-            yield item.block

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dear_batch.data import Shard
 from dear_batch.errors import ConfigurationError
@@ -10,6 +11,7 @@ from dear_batch.files.parquet import RowReader
 from dear_batch.run import listwise, pointwise
 from dear_batch.run.admission import Admitted
 from dear_batch.run.blocks import Work, blocks, score_block
+from dear_batch.run.budgets import as_planned
 from dear_batch.run.folder import read_plan
 from dear_batch.run.inputs import recorded_of_source
 from dear_batch.run.ledger import Ledger
@@ -48,7 +50,9 @@ def probe(
     plan = plan_again(fields, wanted, ledger, watch)
     for source, found in plan.shards:
         if found.key == shard:
-            return _probe_candidates(spec, plan, source, found, watch, first=first, end=end)
+            runtime = fields["runtime"][pointwise.STAGE]
+            which = {"first": first, "end": end, "runtime": runtime}
+            return _probe_candidates(spec, plan, source, found, watch, **which)
     raise _no_shard(ledger, shard)
 
 
@@ -65,6 +69,7 @@ def _probe_candidates(
     *,
     first: int,
     end: int | None,
+    runtime: dict[str, Any] | None,
 ) -> int:
     depth = spec.pointwise.depth
     with RowReader(source.file) as reader:
@@ -73,8 +78,10 @@ def _probe_candidates(
         admitted = [item for item in items if isinstance(item, Admitted)]
     if end is not None:
         loaded = load_pointwise(spec.pointwise.bundle, spec.execution, watch)
-        for block in blocks(_within(admitted, first, end, depth), loaded.encoder, depth):
-            score_block(block, loaded.scorer, Work(), lambda _share: watch.check())
+        chosen, scorer = _within(admitted, first, end, depth), loaded.scorer
+        scorer.layout = as_planned(scorer.layout, runtime)
+        for block in blocks(chosen, loaded.encoder, depth, scorer.layout):
+            score_block(block, scorer, Work(), lambda _share: watch.check())
     return sum(len(item.candidates[:depth]) for item in admitted)
 
 

@@ -3,16 +3,15 @@
 Nothing leaves a job uncounted: read = written + quarantined + skipped, for every shard.
 """
 
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from dear_batch.data import Permutation, Ranking, Refusal, WindowStatus
 from dear_batch.run.admission import SKIPPED
 from dear_batch.run.blocks import Work
+from dear_batch.run.stopwatch import Stopwatch
 
 SCHEMA_VERSION = 2
 OK, OUTSTANDING = "ok", "listwise-outstanding"  # statuses of a report
@@ -46,28 +45,12 @@ class Count:
 
 
 @dataclass(slots=True)
-class Stopwatch:
-    """Wall time by the name of what took it."""
-
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to a name."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-    def rounded(self) -> dict[str, float]:
-        """Seconds for people."""
-        return {name: round(seconds, 3) for name, seconds in self.seconds.items()}
-
-
-@dataclass(slots=True)
 class Tally(Stopwatch):
-    """Running figures of a shard of the first stage."""
+    """Running figures of a shard of the first stage.
+
+    Three threads work at a shard, and each adds to fields and seconds of its own: the one that
+    reads to what was read, the engine's to the work, the one that writes to all else.
+    """
 
     queries: Count = field(default_factory=Count)
     candidates: Count = field(default_factory=Count)
@@ -160,7 +143,7 @@ def pointwise_figures(shards: Iterable[Mapping[str, Any]]) -> Counts:
     empty = Tally().to_json()
     total = add_up([empty, *shards])
     computed, tokens = total.pop("computed_tokens"), total["tokens"]
-    scoring = total["seconds"].get("score", 0.0)
+    scoring, idle = (total["seconds"].get(name, 0.0) for name in ("score", "idle"))
     return {
         "queries": total.pop("queries"),
         "candidates": total.pop("candidates"),
@@ -170,6 +153,7 @@ def pointwise_figures(shards: Iterable[Mapping[str, Any]]) -> Counts:
         **total,
         "tokens_per_second": round(tokens / scoring, 1) if scoring else None,
         "padding_share": 1 - tokens / computed if computed else 0.0,
+        "idle_share": round(idle / (scoring + idle), 4) if scoring else None,
         "seconds": {name: round(value, 3) for name, value in total["seconds"].items()},
     }
 

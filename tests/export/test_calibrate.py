@@ -65,16 +65,6 @@ def test_a_shared_query_pays_for_longer_rows(
     assert found.row_tokens > 256
 
 
-def test_a_large_file_is_sampled_all_over(
-    bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dear_batch.files.sample.SAMPLE_LISTS", 8)
-    monkeypatch.setattr("dear_batch.files.sample.SAMPLE_PAIRS", 80)
-    monkeypatch.setattr("dear_batch.files.parquet._GROUP_QUERIES", 10)
-    found = calibrate(open_bundle(bundle("llama31")), write(tmp_path / "c.parquet", 90, 50, 5))
-    assert 40 <= found.pairs <= 160
-
-
 def test_engines_are_built_for_the_chosen_rows(bundle: Make, tmp_path: Path) -> None:
     import shutil
 

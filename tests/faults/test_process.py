@@ -149,7 +149,7 @@ def test_nan_scores_are_set_aside(command: Command, rows: list[Row]) -> None:
 
 def test_batches_are_halved_when_memory_runs_out(command: Command) -> None:
     command.run("whole")
-    outcome = command.run("out", kind="memory", tokens=300)
+    outcome = command.run("out", kind="memory", tokens=200)
     assert outcome["exit_code"] == 0
     assert outcome["memory_backoffs"] > 0
     same_order_without(command, "whole", "out", set())

@@ -1,3 +1,7 @@
+import time
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,15 +113,57 @@ def test_a_pair_longer_than_a_row_is_refused() -> None:
         pack([pair([1], [9] * 24)], ROW)
 
 
-def test_padding_of_realistic_lengths_stays_small() -> None:
+LENGTHS: dict[str, Callable[[np.random.Generator, int], Any]] = {
+    "passages": lambda rng, n: rng.gamma(4.0, 20.0, n).clip(8, 190),
+    "snippets": lambda rng, n: rng.integers(5, 20, n),
+    "articles": lambda rng, n: np.where(rng.random(n) < 0.7, 196, rng.integers(20, 196, n)),
+}
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from(sorted(LENGTHS)),
+    st.integers(0, 2**32 - 1),
+    st.integers(2, 20),
+    st.integers(20, 100),
+    st.sampled_from([Layout(True, 1024, 16384), Layout(True, 512, 512)]),
+)
+def test_padding_of_realistic_lengths_stays_below_2_percent(
+    kind: str, seed: int, queries: int, documents: int, layout: Layout
+) -> None:
+    rng = np.random.default_rng(seed)
+    pairs = [
+        pair([1] * rng.integers(6, 30) + [q], [9] * int(n))
+        for q in range(2, 2 + queries)
+        for n in LENGTHS[kind](rng, documents)
+    ]
+    planned = list(batches(pairs, layout))
+    assert sorted(d for b in planned for d in b.documents) == list(range(len(pairs)))
+    assert all(len(b.rows) * b.length <= layout.batch_tokens for b in planned)
+    computed = sum(len(b.rows) * b.length for b in planned)
+    assert sum(b.tokens for b in planned) > 0.98 * computed
+
+
+def test_rows_are_full() -> None:
     rng = np.random.default_rng(0)
     pairs = [
         pair([1, q, q], [9] * int(n))
         for q in range(2, 22)
         for n in rng.gamma(4.0, 20.0, 100).clip(8, 220)
     ]
+    for row_tokens in (512, 1024):
+        rows = pack(pairs, row_tokens)
+        assert sum(row.tokens for row in rows) / (row_tokens * len(rows)) > 0.98
+
+
+def test_a_long_list_is_packed_in_a_moment() -> None:
+    """Finding a place for a document must not look at all rows of its query."""
+    rng = np.random.default_rng(1)
+    pairs = [pair([1, 2, 3], [9] * int(n)) for n in rng.integers(20, 200, 50_000)]
+    start = time.perf_counter()
     rows = pack(pairs, 512)
-    assert sum(row.tokens for row in rows) / (512 * len(rows)) > 0.95
+    assert time.perf_counter() - start < 5  # half a second; looking at all takes minutes
+    assert sum(len(row.groups[0].documents) for row in rows) == len(pairs)
 
 
 @settings(deadline=None)

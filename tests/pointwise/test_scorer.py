@@ -5,11 +5,14 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 pytest.importorskip("torch", reason="the other engine")
@@ -79,6 +82,27 @@ def test_smaller_batches_give_the_same_scores(bundle: Make, engine: str, tokens:
     assert limits == sorted(limits, reverse=True)
     for at, limit in zip(failed, limits, strict=True):
         assert max(limited.asked[at + 1 :]) <= max(limit, *(len(pair) for pair in pairs))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), row_tokens=st.integers(228, 1500), rows=st.integers(1, 5))
+def test_scores_do_not_depend_on_the_plan(
+    bundle: Make, data: st.DataObject, row_tokens: int, rows: int
+) -> None:
+    """Any rows, any batches, any company: the score of a pair is that of the pair alone."""
+    pairs = pairs_of(bundle("llama31"))
+    scorer = scorer_alone(bundle("llama31"))
+    scorer.layout = Layout(True, 228, 1)
+    alone_N = score_pairs(scorer, pairs)
+    chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=80))
+    scorer.layout = Layout(True, row_tokens, rows * row_tokens)
+    found_N = score_pairs(scorer, [pairs[n] for n in chosen])
+    np.testing.assert_allclose(found_N, alone_N[chosen], atol=1e-4, rtol=0)
+
+
+@cache
+def scorer_alone(folder: Path) -> Scorer:
+    return open_scorer(open_bundle(folder), CHOICE)
 
 
 def test_rows_of_many_documents_are_split_down_to_one(bundle: Make) -> None:

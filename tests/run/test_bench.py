@@ -4,10 +4,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +15,6 @@ from dear_batch.files.parquet import open_input
 from dear_batch.files.sample import sample_lists
 from dear_batch.pointwise import ceiling
 from dear_batch.pointwise.ceiling import Ceiling, flops_per_token
-from dear_batch.pointwise.rows import Layout
 from dear_batch.run import bench
 from dear_batch.run.bench import CPU_STAGES, PASSES, CpuSide, Measured, Scoring, measure, taken_from
 from dear_batch.run.bench_figures import figures
@@ -161,49 +158,6 @@ def test_wrong_inputs(bundle: Make, tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), path)
     with pytest.raises(InputError, match="None of the candidates"):
         measure(bundle("llama31"), path)
-
-
-class _TwoAtOnce:
-    """A device whose batches take until they are waited for, by a clock that is told."""
-
-    layout, in_flight = Layout(True, 64, 64), 2
-    engine, device, precision = "onnxruntime", "cpu", "fp32"
-
-    def __init__(self, clock: list[float]) -> None:
-        self.clock, self.full = clock, False
-
-    def start(self, _batch: object) -> Any:
-        if self.full:
-            raise MemoryError
-
-        def finish() -> Any:
-            self.clock[0] += 2.0
-            return np.zeros(1, np.float32)
-
-        return finish
-
-
-def test_the_time_that_an_engine_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first batch that is begun to the last that is waited for, what lies between too."""
-    clock = [0.0]
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    device = _TwoAtOnce(clock)
-    scorer = bench._ClockedScorer(device)  # type: ignore[arg-type]
-    batch: Any = None
-    first = scorer.start(batch)
-    clock[0] += 0.5
-    second = scorer.start(batch)
-    first()
-    assert scorer.busy_seconds == 0
-    second()
-    assert scorer.busy_seconds == 0.5 + 2 * 2.0
-    clock[0] += 100  # nothing is under way
-    device.full = True
-    with pytest.raises(MemoryError):
-        scorer.start(batch)
-    device.full = False
-    scorer.start(batch)()
-    assert scorer.busy_seconds == 0.5 + 3 * 2.0
 
 
 @pytest.fixture

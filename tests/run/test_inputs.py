@@ -200,7 +200,7 @@ def test_an_input_that_changes_while_it_is_hashed_ends_the_job(
     monkeypatch.setattr(inputs, "_BLOCK", 64)
     path = tmp_path / "in.parquet"
     found = pin(path)
-    real, calls = Hashes._check, list[int]()
+    real, calls = Hashes._go_on, list[int]()
 
     def check(self: Hashes) -> None:
         calls.append(1)
@@ -208,7 +208,7 @@ def test_an_input_that_changes_while_it_is_hashed_ends_the_job(
             change(path, found.mtime_ns)
         real(self)
 
-    monkeypatch.setattr(Hashes, "_check", check)
+    monkeypatch.setattr(Hashes, "_go_on", check)
     with Hashes([found], ledger) as hashes, pytest.raises(InputError):
         hashes.sha256(0)
     assert len(calls) > 1

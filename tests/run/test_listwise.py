@@ -397,9 +397,12 @@ def split(spec: JobSpec) -> dict[str, Any]:
     return run_job(spec, stage="listwise")
 
 
+TIMES = {"seconds", "tokens_per_second", "idle_share"}
+
+
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
     """A report without what differs from run to run."""
-    found = {k: v for k, v in report.items() if k not in {"seconds", "tokens_per_second"}}
+    found = {k: v for k, v in report.items() if k not in TIMES}
     found["listwise"] = {k: v for k, v in report["listwise"].items() if k != "seconds"}
     return found
 
@@ -673,9 +676,9 @@ def test_a_first_stage_that_dies_leaves_no_commit(
         patch.setattr(loading, "open_scorer", lambda *a, **k: Failing(open_scorer(*a, **k), 5))
         with pytest.raises(RuntimeError, match="the device is gone"):
             run_job(spec)
-    assert names(tmp_path / "out") == WORK
+    assert names(tmp_path / "out") | {"parts"} == WORK  # a part may not have been begun yet
     assert "pointwise" not in names(tmp_path / "out" / "commits")
-    assert names(tmp_path / "out" / "parts") == set()
+    assert not list(tmp_path.glob("out/parts/*"))
     with pytest.raises(ConfigurationError, match="no finished stage 1"):
         run_job(spec, stage="listwise")
     assert fake.opened == []

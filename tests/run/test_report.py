@@ -11,12 +11,12 @@ from dear_batch.run.report import (
     AMOUNTS,
     Count,
     ListwiseTally,
-    Stopwatch,
     Tally,
     add_up,
     listwise_figures,
     pointwise_figures,
 )
+from dear_batch.run.stopwatch import Stopwatch
 
 
 def refusal(reason: str, docid: str | None = None, candidates: int = 1) -> Refusal:

@@ -28,9 +28,9 @@ class Saboteur:
         self._calls = 0
         encode, score = recipe.PairEncoder.encode, onnx_scorer.PackedOnnxScorer.score
 
-        def sabotaged_encode(encoder: Any, lists: Any) -> Any:
+        def sabotaged_encode(encoder: Any, lists: Any, known: Any = None) -> Any:
             kept = [(query, list(texts)) for query, texts in lists]
-            found = encode(encoder, iter(kept))
+            found = encode(encoder, iter(kept), known)
             self._encoded(kept, found)
             return found
 
