@@ -148,8 +148,10 @@ def test_nan_scores_are_set_aside(command: Command, rows: list[Row]) -> None:
 
 
 def test_batches_are_halved_when_memory_runs_out(command: Command) -> None:
-    command.run("whole")
-    outcome = command.run("out", kind="memory", tokens=200)
+    spec = command.folder / "job.toml"
+    spec.write_text("[execution]\nrow_tokens = 512\nbatch_tokens = 512\n")  # of two pairs
+    command.run("whole", str(spec))
+    outcome = command.run("out", str(spec), kind="memory", tokens=300)
     assert outcome["exit_code"] == 0
     assert outcome["memory_backoffs"] > 0
     same_order_without(command, "whole", "out", set())
