@@ -16,7 +16,7 @@ from dear_batch.pointwise.scorer import Scorer
 
 ROW_TOKENS = (256, 512, 1024, 2048)
 GPU_BATCH_TOKENS = (8192, 16384, 32768)
-TIMED_TOKENS = 2048  # of each layout, or one batch
+TIMED_TOKENS = 1024  # of each layout, or one batch
 MOST_S = 10.0  # for a round of all of them: what takes longer is not worth knowing
 ROUNDS = 3  # within that time
 CLEARLY = 1.02  # what a layout must gain to be taken in place of the usual one
