@@ -21,6 +21,8 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from dear_batch.pointwise.ceiling import flops_per_token
+
 ROWS = (256, 512, 1024)
 SECONDS = 0.1  # of a try
 TRIES = 4
@@ -112,6 +114,7 @@ def ceiling(config: dict[str, Any]) -> dict[str, Any]:
         "gflops": round(best["gflops"], 1),
         "by_engine": {engine: round(rate, 1) for engine, rate in by_engine.items()},
         "flop_per_token": flop * config["num_hidden_layers"],
+        "flop_per_packed_token": flops_per_token(config, packed=True),
     }
 
 

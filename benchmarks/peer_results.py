@@ -116,8 +116,8 @@ def compared(entries: list[dict[str, Any]], ceiling: dict[str, Any]) -> list[dic
     for item in entries:
         seconds, computed = item["median_seconds"], item["computed_tokens"]
         item["times_loop"] = loop and round(loop / seconds, 2)
-        flop = ceiling["flop_per_token"] * computed if computed else None
-        # Layers' products alone, all of them as if no token were left out of any.
+        per_token = ceiling["flop_per_packed_token" if item["ours"] else "flop_per_token"]
+        flop = per_token * computed if computed else None  # layers' products alone
         item["share_of_fp32_ceiling"] = flop and round(flop / seconds / ceiling["gflops"] / 1e9, 3)
     return sorted(entries, key=lambda e: (e["not_ranked"] is not None, e["median_seconds"]))
 

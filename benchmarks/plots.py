@@ -103,7 +103,11 @@ def packages(result: Fields) -> str:
     for side in result["sides"]:
         for name, version in side["versions"].items():
             found.setdefault(name, set()).add(version)
-    return "; ".join(f"{name} {' and '.join(sorted(v))}" for name, v in sorted(found.items())) + "."
+    return (
+        "Versions: "
+        + "; ".join(f"{name} {' and '.join(sorted(v))}" for name, v in sorted(found.items()))
+        + "."
+    )
 
 
 def plot(result: Fields) -> str:

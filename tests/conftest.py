@@ -191,8 +191,34 @@ def adapter(
 
 
 @pytest.fixture(scope="session")
+def traced_once() -> Iterator[None]:
+    """Graphs of the same layers are traced once a process: seconds of every export.
+
+    A trace depends on the config and the kinds of layers alone, since its weights are random.
+    """
+    from dear_batch.export import graphs
+
+    known, real = dict[tuple[object, ...], Any](), graphs._traced
+
+    def traced(module: Any, dtype: Any, shapes: Any, output: str) -> Any:
+        kinds = tuple(type(part).__name__ for part in module.modules())
+        config = module.scorer.config.to_json_string(use_diff=False)
+        key = (kinds, config, module.dtype, dtype, str(shapes), output)
+        if key not in known:
+            known[key] = real(module, dtype, shapes, output)
+        return known[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_traced", traced)
+        yield
+
+
+@pytest.fixture(scope="session")
 def bundle(
-    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., Path], cache_home: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoint: Callable[..., Path],
+    cache_home: Path,
+    traced_once: None,  # noqa: ARG001 - in use
 ) -> Callable[..., Path]:
     """`bundle("llama31", recipe="paper-script")`: an exported bundle, made once."""
 

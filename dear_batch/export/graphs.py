@@ -2,7 +2,7 @@
 
 `model.onnx`: input_ids_BL, attention_mask_BL (int64) → logits_B1: what Optimum and Hugging
 Face expect of a sequence classification model.
-`packed.onnx`: tokens, positions, groups, segments_RT and pooled_N (int32) → scores_N: many
+`packed.onnx`: tokens, positions, groups, segments_RT and pooled_RP (int32) → scores_RP: many
 documents a row (see `pointwise.rows`).
 
 Both name the same weights file. The exporter's time grows with every layer, and all layers are
@@ -95,7 +95,7 @@ class FinalPositionGraph(nn.Module):
         hidden_B1X, layers = pooled_hidden(
             self.scorer.model,
             input_ids,
-            positions_L[None],
+            positions_L.expand(B, L),
             visible_BLL,
             final_B1,
             dtype=self.dtype,
@@ -212,7 +212,7 @@ def _stand_in(config: Any, precision: Precision) -> nn.Module:
 def _traced(
     module: Any, dtype: torch.dtype, shapes: tuple[dict[int, str], ...], output: str
 ) -> ir.Model:
-    """Export a module whose inputs are all of one dtype, of two or one dimensions."""
+    """Export a module whose inputs are all of one dtype."""
     # Sizes that differ, and a tensor of its own for each input: equal objects are one input to
     # the exporter.
     examples = tuple(

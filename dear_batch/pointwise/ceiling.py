@@ -62,13 +62,20 @@ def layer_products(config: Mapping[str, Any]) -> Products:
     )
 
 
-def flops_per_token(config: Mapping[str, Any]) -> int:
+def flops_per_token(config: Mapping[str, Any], *, packed: bool = False) -> int:
     """Operations of a token's matrix products in all layers: 2 for each weight.
 
-    Attention itself is left aside, and so are the embeddings and the head.
+    `packed` graphs compute but keys and values of most tokens in the last layer. Attention itself
+    is left aside, and so are the embeddings and the head.
     """
     weights = sum(K * N * count for (K, N), count in layer_products(config).items())
-    return 2 * int(config["num_hidden_layers"]) * weights
+    layers = int(config["num_hidden_layers"])
+    if not packed:
+        return 2 * layers * weights
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    keys = config["hidden_size"] * size * (config.get("num_key_value_heads") or heads)
+    return 2 * ((layers - 1) * weights + 2 * keys)
 
 
 def measure_ceiling(

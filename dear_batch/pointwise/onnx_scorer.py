@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 # A provider that cannot be loaded is told by an error of ours, not by lines of the library's log.
 ort.set_default_logger_severity(4)
 
-# (row_tokens, batch_tokens). On CPU one row a call never pads. On a GPU a call must be large to
-# fill it. A throughput benchmark has yet to choose both.
+# (row_tokens, batch_tokens), where `run/budgets.py` finds no better ones. On CPU one row a call
+# never pads. On a GPU a call must be large to fill it.
 BUDGETS = {"cpu": (256, 256), "cuda": (1024, 16384)}
 
 # What the exceptions `Fail`, `RuntimeException` and, from bound inputs, `RuntimeError` say when

@@ -30,7 +30,8 @@ def figures(
     score = median(one.seconds for one in measured.scoring)
     seconds, serial, spread = _cpu_side(measured, real_tokens)
     total = _overlapped(score, serial, spread, cores, shared=loaded.scorer.device == "cpu")
-    per_token = flops_per_token(measured.config)
+    packed = loaded.scorer.layout.packed
+    per_token = flops_per_token(measured.config, packed=packed)
     reached, most = work.computed_tokens * per_token / score, measured.ceiling.flops
     found = {
         "pairs_per_second": work.pairs / total,

@@ -20,7 +20,6 @@ from dear_batch.run.admission import Admitted
 from dear_batch.run.stopwatch import Stopwatch
 
 BLOCK_PAIRS = 2048  # enough for best fit to leave little room, few enough to keep in memory
-FIRST_PAIRS = 256  # of the first block of a shard: the engine waits for that of the first shard
 BLOCK_CANDIDATES = 8192  # those below the scored depth are kept in memory, too
 ENCODE_LISTS = 16  # lists that a tokenizer call takes at most; it ends with the list that
 ENCODE_PAIRS = 256  # brings it to so many pairs, which give its threads work
@@ -64,7 +63,7 @@ def blocks(
     long: read, tokenise, plan.
     """
     clock = clock or Stopwatch()
-    gathered, known, limit = _Gathered(depth), dict[str, Tokens](), min(FIRST_PAIRS, BLOCK_PAIRS)
+    gathered, known = _Gathered(depth), dict[str, Tokens]()
     chunks = grouped(items, gathered.scored, most=ENCODE_LISTS, limit=ENCODE_PAIRS)
     while True:
         with clock.timed("read"):
@@ -75,9 +74,9 @@ def blocks(
             gathered.add(chunk, encoder, known)
         if len(known) > KNOWN_TEXTS:
             known.clear()
-        if gathered.size >= limit or gathered.candidates >= BLOCK_CANDIDATES:
+        if gathered.size >= BLOCK_PAIRS or gathered.candidates >= BLOCK_CANDIDATES:
             yield gathered.block(layout, clock)
-            gathered, limit = _Gathered(depth), BLOCK_PAIRS
+            gathered = _Gathered(depth)
     if gathered.lists or gathered.refusals:
         yield gathered.block(layout, clock)
 

@@ -33,9 +33,17 @@ Fields = dict[str, Any]
 
 
 def layout_of(
-    loaded: Loaded, spec: JobSpec, plan: Plan, known: Fields | None, watch: Watch
+    loaded: Loaded,
+    spec: JobSpec,
+    plan: Plan,
+    known: Fields | None,
+    watch: Watch,
+    *,
+    calibrates: bool = True,
 ) -> Layout:
     """The layout for the batches of a job; `known` is the runtime in its plan, if one is there.
+
+    It scores nothing unless it `calibrates`.
 
     Raises:
         InputError: an input cannot be read.
@@ -46,7 +54,7 @@ def layout_of(
         return as_planned(usual, known)
     asked = execution.row_tokens or execution.batch_tokens
     # A compiled engine has its own; unpacked rows are as long as their pair.
-    if asked or loaded.scorer.engine != "onnxruntime" or not usual.packed:
+    if asked or not calibrates or loaded.scorer.engine != "onnxruntime" or not usual.packed:
         return usual
     on_gpu = loaded.scorer.device != "cpu"
     layouts = candidates(usual, loaded.bundle.recipe.max_length, on_gpu=on_gpu)
@@ -55,7 +63,10 @@ def layout_of(
     if text_bytes / LEAST_BYTES < PAYS * cost(layouts):
         return usual
     pairs, share = _sample(loaded, files, spec.pointwise.depth)
-    if not pairs or text_bytes * share < PAYS * cost(layouts):
+    tokens = sum(map(len, pairs))
+    if tokens < max(layout.batch_tokens for layout in layouts):
+        return usual  # some layout would be timed on a batch that is not full
+    if text_bytes * share < PAYS * cost(layouts):
         return usual
     rates = _rates(loaded, pairs, layouts, watch)
     return cheapest(pairs, rates) if rates else usual
@@ -91,27 +102,31 @@ def _sample(
 def _rates(
     loaded: Loaded, pairs: Sequence[EncodedPair], layouts: Sequence[Layout], watch: Watch
 ) -> Rates | None:
-    """What the engine needs for a token in each layout: as remembered, else timed now."""
+    """What the engine needs for a token in each layout: as remembered, else timed now.
+
+    None where that takes too long, or where it cannot be remembered.
+    """
     facts = {**facts_of(loaded.bundle, loaded.scorer, loaded.choice, loaded.machine)}
     facts["cores"] = loaded.machine.cores
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     known = _known()
     names = {f"{layout.row_tokens}/{layout.batch_tokens}": layout for layout in layouts}
     entry = known.get(key)
-    seconds: Any = entry.get("seconds_a_token") if isinstance(entry, dict) else None
+    seconds: Any = entry.get("seconds_a_token", ()) if isinstance(entry, dict) else ()
+    if seconds is None:
+        return None  # timing took too long the last time
     if _are_rates(seconds, names):
         return {layout: seconds[name] for name, layout in names.items()}
     begun = perf_counter()
     rates = timed(loaded.scorer, pairs, layouts, watch.check)
-    if rates is None:
-        return None
-    found = {name: rates[layout] for name, layout in names.items()}
+    found = rates and {name: rates[layout] for name, layout in names.items()}
     spent = round(perf_counter() - begun, 1)
     watch.log("calibrated", seconds=spent, seconds_a_token=found, why="once for each engine")
     known[key] = {**facts, "seconds_a_token": found}
     newest = dict(list(known.items())[-MAX_REMEMBERED:])
     write_cache(cache_file(CACHE), {"schema_version": 1, "engines": newest})
-    return rates
+    # Where nothing is remembered, the same job again might choose other rows, and other bytes.
+    return rates if key in _known() else None
 
 
 def _known() -> dict[str, Any]:

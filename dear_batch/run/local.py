@@ -223,7 +223,11 @@ class Job:
         with self.clock.timed("load"):
             loaded = load_pointwise(self.spec.pointwise.bundle, execution, self.watch)
             known = fields["runtime"][pointwise.STAGE]
-            loaded.scorer.layout = layout_of(loaded, self.spec, plan, known, self.watch)
+            # After a death no text is scored before its shard is named.
+            calm = not (self.careful or self.poison)
+            loaded.scorer.layout = layout_of(
+                loaded, self.spec, plan, known, self.watch, calibrates=calm
+            )
         fields = {**fields, "passed_over": told(loaded.choice)["passed_over"]}
         fields = self._with_runtime(fields, pointwise.STAGE, pointwise_runtime(loaded))
         todo = [(source, shard) for source, shard in plan.shards if shard.key not in commits]

@@ -28,9 +28,13 @@ def ahead(items: Iterable[Item], depth: int = DEPTH) -> Generator[Item, None, No
     stream, end = iter(items), object()
     with ThreadPoolExecutor(1, thread_name_prefix="dear-batch-reader") as pool:
         waiting = deque(pool.submit(next, stream, end) for _ in range(depth))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(pool.submit(next, stream, end))
-            yield cast("Item", item)
+        try:
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(pool.submit(next, stream, end))
+                yield cast("Item", item)
+        finally:
+            for future in waiting:  # what nobody asks for any more
+                future.cancel()
 
 
 class Behind(Generic[Item]):

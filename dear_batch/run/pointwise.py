@@ -7,11 +7,11 @@ rows, the engine and the poison in it.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,14 +80,16 @@ class Stage:
         After a death, nothing is read for a shard before the last one is committed.
         """
         commits, engine = list[Commit](), Busy(self.scorer)
-        for some in [[one] for one in todo] if self.careful else [todo]:
-            self.watch.shard(STAGE, some[0][1].key)
-            with (
-                closing(ahead(self._read(some))) as stream,
-                behind(partial(self._write, commits), self.hashes.stop) as writer,
-            ):
-                self._score(stream, engine, writer, partial(self._advance, writer, total, done))
-            done += sum(shard.n_queries for _, shard in some)
+        with _Files(self.plan) as files:
+            for some in [[one] for one in todo] if self.careful else [todo]:
+                self.watch.shard(STAGE, some[0][1].key)
+                with (
+                    closing(ahead(self._read(some, files))) as stream,
+                    behind(partial(self._write, commits), self.hashes.stop) as writer,
+                ):
+                    advance = partial(self._advance, writer, total, done)
+                    self._score(stream, engine, writer, advance)
+                done += sum(shard.n_queries for _, shard in some)
         return commits
 
     def _advance(self, writer: Behind[Read | Scored], total: int, before: int, done: float) -> None:
@@ -97,13 +99,10 @@ class Stage:
 
     # In the reader's thread.
 
-    def _read(self, todo: Sequence[Todo]) -> Iterator[Read]:
+    def _read(self, todo: Sequence[Todo], files: "_Files") -> Iterator[Read]:
         """Blocks of all shards in order."""
-        for source, shards in groupby(todo, key=lambda pair: pair[0]):
-            with RowReader(source.file) as reader:
-                places = self.plan.places(source)
-                for _, shard in shards:
-                    yield from self._read_shard(source, shard, reader, places)
+        for source, shard in todo:
+            yield from self._read_shard(source, shard, *files.of(source))
 
     def _read_shard(
         self, source: Source, shard: Shard, reader: RowReader, places: Places
@@ -211,6 +210,30 @@ class Stage:
             files=files,
             counts=read.tally.to_json(),
         )
+
+
+class _Files:
+    """The reader of the source that is being read: it goes on where its last shard ended."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._stack = plan, ExitStack()
+        self._source: Source | None = None
+
+    def of(self, source: Source) -> tuple[RowReader, Places]:
+        """The reader of a source; that of another one is closed."""
+        if source is not self._source:
+            self._stack.close()
+            self._reader = self._stack.enter_context(RowReader(source.file))
+            self._source, self._places = source, self._plan.places(source)
+        return self._reader, self._places
+
+    def __enter__(self) -> Self:
+        """Nothing is open yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close what is open."""
+        self._stack.close()
 
 
 def _share(advance: Callable[[float], None], before: int, lists: int, share: float) -> None:

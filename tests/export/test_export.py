@@ -204,6 +204,7 @@ def test_final_position_pooling_is_served_unpacked_at_full_length(
     assert np.abs(expected - at_last_token).max() > 1e-2
     for scorer in (
         open_scorer(opened, Choice("onnxruntime", "cpu")),
+        open_scorer(opened, Choice("onnxruntime", "cpu"), batch_tokens=4 * 228),
         open_scorer(opened, Choice("torch", "cpu")),
     ):
         assert scorer.layout.fixed_length == 228

@@ -58,7 +58,15 @@ def test_every_weight_of_a_layer_is_counted(style: str, checkpoint: Make) -> Non
 
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint(style))
     weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith("proj.weight"))
-    assert flops_per_token(model.config.to_dict()) == 2 * weights
+    config = model.config.to_dict()
+    assert flops_per_token(config) == 2 * weights
+    last = f"layers.{config['num_hidden_layers'] - 1}."
+    pooled = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if n.endswith("proj.weight") and last in n and "k_proj" not in n and "v_proj" not in n
+    )
+    assert flops_per_token(config, packed=True) == 2 * (weights - pooled)
 
 
 def test_the_graph_multiplies() -> None:

@@ -193,7 +193,7 @@ def test_the_sums(measured: Measured) -> None:
     assert found["engine_share_in_turn"] == pytest.approx(10 / 11, rel=1e-3)
     assert found["prefix_share"] == pytest.approx(0.1)
     assert found["padding_share"] == pytest.approx(0.25)
-    assert found["flops_per_token"] == flops_per_token(measured.config)
+    assert found["flops_per_token"] == flops_per_token(measured.config, packed=True)
     reached = found["flops_per_token"] * 120
     assert found["flops_per_second"] == pytest.approx(reached, rel=1e-3)
     assert found["ceiling_share"] == pytest.approx(reached / 1e9, rel=1e-3)
