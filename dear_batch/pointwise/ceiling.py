@@ -75,7 +75,7 @@ def flops_per_token(config: Mapping[str, Any], *, packed: bool = False) -> int:
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
     keys = config["hidden_size"] * size * (config.get("num_key_value_heads") or heads)
-    return 2 * ((layers - 1) * weights + 2 * keys)
+    return int(2 * ((layers - 1) * weights + 2 * keys))
 
 
 def measure_ceiling(

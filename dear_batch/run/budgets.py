@@ -119,7 +119,7 @@ def _rates(
         return {layout: seconds[name] for name, layout in names.items()}
     begun = perf_counter()
     rates = timed(loaded.scorer, pairs, layouts, watch.check)
-    found = rates and {name: rates[layout] for name, layout in names.items()}
+    found = {name: rates[at] for name, at in names.items()} if rates else None
     spent = round(perf_counter() - begun, 1)
     watch.log("calibrated", seconds=spent, seconds_a_token=found, why="once for each engine")
     known[key] = {**facts, "seconds_a_token": found}
