@@ -5,6 +5,8 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 # A file of tests stays in one process, which makes its models and bundles once
 WORKERS ?= --numprocesses 2 --dist loadfile
+# Two processes of two threads each would wait for one another on two cores
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q
 DATA ?= $(or $(DEAR_BATCH_TEST_DATA),../shared/data)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
@@ -29,11 +31,11 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -q $(WORKERS) --ignore tests/fuzz -m "not model and not process and not slow and not gpu"
+	$(PYTEST) $(WORKERS) --ignore tests/fuzz -m "not model and not process and not slow and not gpu"
 
 # All but the long tests: under 12 minutes on two cores
 test: setup
-	$(BIN)/pytest -q $(WORKERS)
+	$(PYTEST) $(WORKERS)
 
 # The long ones too; the last results are in benchmarks/results/. Of these, the fuzz tests take
 # DEAR_BATCH_FUZZ_SECONDS together (600) and begin at DEAR_BATCH_FUZZ_SEED (4), which they print.
