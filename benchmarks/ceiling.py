@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from dear_batch.pointwise.ceiling import flops_per_token
+from dear_batch.pointwise.ceiling import flops_per_token, layer_products
 
 ROWS = (256, 512, 1024)
 SECONDS = 0.1  # of a try
@@ -35,17 +36,12 @@ def products(config: dict[str, Any]) -> dict[str, list[Shape]]:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     size = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries = size * config["num_attention_heads"]
-    keys = size * config["num_key_value_heads"]
+    keys = size * (config.get("num_key_value_heads") or config["num_attention_heads"])
     rest = [(queries, hidden), (inner, hidden)]
     return {
-        "separate": [(hidden, queries), *[(hidden, keys)] * 2, *[(hidden, inner)] * 2, *rest],
+        "separate": [*Counter(layer_products(config)).elements()],
         "fused": [(hidden, queries + 2 * keys), (hidden, 2 * inner), *rest],
     }
-
-
-def layer_parameters(config: dict[str, Any]) -> int:
-    """Weights of a layer's products, which each token is multiplied by."""
-    return sum(inputs * outputs for inputs, outputs in products(config)["separate"])
 
 
 def by_torch(rows: int, shape: Shape) -> Callable[[], Any]:
@@ -98,7 +94,7 @@ def best_seconds(product: Callable[[], Any]) -> float:
 def ceiling(config: dict[str, Any]) -> dict[str, Any]:
     """The best rate in GFLOP/s, where it was reached, and the best of each engine."""
     torch.set_num_threads(THREADS)
-    flop = 2 * layer_parameters(config)
+    flop = flops_per_token(config) / config["num_hidden_layers"]
     found = []
     for engine, product in ENGINES.items():
         for rows in ROWS:
@@ -113,7 +109,7 @@ def ceiling(config: dict[str, Any]) -> dict[str, Any]:
         **best,
         "gflops": round(best["gflops"], 1),
         "by_engine": {engine: round(rate, 1) for engine, rate in by_engine.items()},
-        "flop_per_token": flop * config["num_hidden_layers"],
+        "flop_per_token": flops_per_token(config),
         "flop_per_packed_token": flops_per_token(config, packed=True),
     }
 

@@ -21,11 +21,11 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from installed import versions
 
 from dear_batch.bundle import Manifest, Source, hash_folder, open_bundle, write_manifest
 from dear_batch.errors import DearBatchError
@@ -320,23 +320,13 @@ def digits(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def outcome(options: argparse.Namespace, here: Machine, results: list[dict[str, Any]]) -> dict:
     return {
         "benchmark": "engines",
         "device": here.device_name(options.device if here.driver.gpus else "cpu"),
         "cpu": f"{here.cpu}, {here.cores} cores",
         "driver": here.driver.version,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "when": datetime.now(UTC).date().isoformat(),
         "results": [result for result in results if "reason" not in result],
         "not_run": [

@@ -10,9 +10,9 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from installed import versions
 from peer_sides import SIDES, THREADS, Lists, pairs_of
 
 PACKAGES = (
@@ -36,7 +36,7 @@ def serve(name: str, model: str) -> None:
         seconds = round(time.perf_counter() - start, 1)
         query, texts = lists[0]
         side.score([(query, texts[:WARM_UP])], WARM_UP)
-        print(json.dumps({"load_seconds": seconds, "versions": versions()}), file=answers)
+        print(json.dumps({"load_seconds": seconds, "versions": versions(PACKAGES)}), file=answers)
         for line in sys.stdin:
             request = json.loads(line)
             if request["do"] == "ids":
@@ -57,16 +57,6 @@ def timed(side: Any, lists: Lists, batch: int) -> dict[str, Any]:
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     found = {"scores": scores, "seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3)}
     return found | getattr(side, "facts", {})
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ class Gate:
 # Figures that decided them: benchmarks/results/precision.json.
 GATES: Mapping[Precision, Gate] = {
     "fp32": Gate(absolute=1e-4),
-    "fp16": Gate(relative=0.04, tau=0.98, overlap=0.98),
-    "bf16": Gate(relative=0.4, tau=0.95, overlap=0.95),
+    "fp16": Gate(relative=0.02, tau=0.98, overlap=0.98),
+    "bf16": Gate(relative=0.15, tau=0.95, overlap=0.95),
 }
 
 
